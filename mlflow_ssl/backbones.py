@@ -1,0 +1,128 @@
+"""Backbones: any timm network, ready to embed."""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import ResNet, get_pretrained_cfg
+from torch import nn
+
+from mlflow_ssl.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SMALL_IMAGE = 64
+"""Inputs of at most this many pixels get the small stem under ``small_stem="auto"``."""
+
+
+def build_backbone(
+    model_name: str,
+    *,
+    image_size: tuple[int, int],
+    pretrained: bool = False,
+    checkpoint_path: str | None = None,
+    small_stem: bool | str = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """Return a timm network without classifier, ``(B, 3, H, W) -> (B, num_features)``.
+
+    Args:
+        model_name: any name that ``timm.list_models()`` knows.
+        image_size: height and width of the input in pixels; fixes the patch grid of transformers.
+        pretrained: start from timm's weights, fetched from the hub or found in its cache.
+        checkpoint_path: start from a state dict of this same backbone: a local file, or ``models:/name/version``
+            for one that this project registered.
+        small_stem: replace a resnet's 7x7 stride-2 stem and its pool by one 3x3 convolution, as is usual for
+            CIFAR-sized images; ``auto`` does so for images of up to 64 px, and not for pretrained weights.
+        kwargs: handed to ``timm.create_model``.
+
+    Raises:
+        InputError: if the name is unknown, the weights cannot be had or do not fit, or the stem is not a resnet's.
+    """
+    if model_name not in timm.list_models():
+        close = ", ".join(difflib.get_close_matches(model_name, timm.list_models(), n=4)) or "none"
+        raise InputError(f"backbone.model_name must be a timm model name, got {model_name!r}; close matches: {close}")
+    if get_pretrained_cfg(model_name).fixed_input_size:
+        kwargs["img_size"] = tuple(image_size)
+    backbone = _create(model_name, pretrained=pretrained, **kwargs)
+    # the call that makes an empty network for an exported state dict
+    backbone.made_by = f"timm.create_model({_call(model_name, kwargs)}, num_classes=0)"
+    if _wants_small_stem(backbone, small_stem, image_size=image_size, pretrained=pretrained):
+        _shrink_stem(backbone, model_name)
+        shape = _call(model_name, {"image_size": tuple(image_size), **kwargs, "small_stem": True})
+        backbone.made_by = f"mlflow_ssl.backbones.build_backbone({shape})"
+    if checkpoint_path is not None:
+        _load_weights(backbone, checkpoint_path)
+    return backbone
+
+
+def _call(model_name: str, kwargs: dict[str, Any]) -> str:
+    return ", ".join([f'"{model_name}"', *(f"{name}={value!r}" for name, value in kwargs.items())])
+
+
+def _create(model_name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(model_name, num_classes=0, **kwargs)
+    except Exception as error:
+        if not kwargs["pretrained"]:
+            raise
+        # the hub client has a dozen ways to say that it found no weights or no network
+        raise InputError(
+            f"backbone.pretrained: the weights of {model_name} could not be fetched from the hub "
+            f"({type(error).__name__}); use backbone.pretrained=false or backbone.checkpoint_path=FILE"
+        ) from error
+
+
+def _wants_small_stem(
+    backbone: nn.Module, small_stem: bool | str, *, image_size: tuple[int, int], pretrained: bool
+) -> bool:
+    if small_stem == "auto":
+        return isinstance(backbone, ResNet) and max(image_size) <= SMALL_IMAGE and not pretrained
+    if not isinstance(small_stem, bool):
+        raise InputError(f"backbone.small_stem must be true, false or auto, got {small_stem!r}")
+    return small_stem
+
+
+def _shrink_stem(backbone: nn.Module, model_name: str) -> None:
+    if not isinstance(backbone, ResNet):
+        raise InputError(f"backbone.small_stem must be false for {model_name}: only resnets have such a stem")
+    channels = backbone.bn1.num_features
+    backbone.conv1 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+    log.info("%s has the small-image stem: one 3x3 convolution, no pool", model_name)
+
+
+def _load_weights(backbone: nn.Module, checkpoint_path: str) -> None:
+    if checkpoint_path.startswith("models:/"):
+        from mlflow_ssl.tracking.registry import load_backbone_weights
+
+        state = load_backbone_weights(checkpoint_path)
+    else:
+        state = _read_state_dict(Path(checkpoint_path))
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"backbone.checkpoint_path does not fit this backbone: {checkpoint_path}: {reason}") from error
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise InputError(f"backbone.checkpoint_path must be an existing file or models:/name/version, got {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"backbone.checkpoint_path cannot be read as weights: {path}") from error
+    # a checkpoint of a training here holds the whole method; take its online backbone
+    prefix = "online.backbone."
+    if isinstance(state, dict) and "state_dict" in state:
+        state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
+    return state  # type: ignore[no-any-return]

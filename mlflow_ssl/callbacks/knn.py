@@ -1,0 +1,65 @@
+"""Accuracy of the nearest neighbours, before, during and after training."""
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mlflow_ssl.callbacks.embeddings import Embeddings
+from mlflow_ssl.evaluation.knn import accuracy, knn_predict
+from mlflow_ssl.evaluation.linear import linear_accuracy
+
+
+class KNNEvaluation(Callback):
+    """Log ``val_acc`` and ``val_acc_weighted`` at each validation, ``test_acc*`` at the test.
+
+    The bank is the training images through the validation transform, embedded by the online backbone in evaluation
+    mode. The last epoch is always validated. At the test, a linear classifier on the same embeddings gives
+    ``test_acc_linear``.
+
+    Args:
+        num_neighbours: how many vote.
+        temperature: of the weighted vote.
+    """
+
+    def __init__(self, num_neighbours: int = 20, temperature: float = 0.1) -> None:
+        self.num_neighbours = num_neighbours
+        self.temperature = temperature
+        self._embeddings = Embeddings()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep a batch of embeddings."""
+        self._embeddings.add(dataloader_idx, outputs, batch[1])
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep a batch of embeddings."""
+        self._embeddings.add(dataloader_idx, outputs, batch[1])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracy on the validation split."""
+        bank, labels, queries, truth = self._embeddings.take()
+        self._log_votes(pl_module, "val_acc", bank, labels, queries, truth)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracy on the test split, of neighbours and of a linear classifier."""
+        bank, labels, queries, truth = self._embeddings.take()
+        self._log_votes(pl_module, "test_acc", bank, labels, queries, truth)
+        pl_module.log("test_acc_linear", linear_accuracy(bank, labels, queries, truth))
+
+    def _log_votes(
+        self, pl_module: LightningModule, name: str, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor
+    ) -> None:
+        votes = knn_predict(
+            queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature
+        )
+        pl_module.log(name, accuracy(votes.majority, truth), prog_bar=True)
+        pl_module.log(f"{name}_weighted", accuracy(votes.weighted, truth))

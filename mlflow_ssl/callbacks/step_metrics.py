@@ -1,0 +1,34 @@
+"""Learning rate and speed at each step."""
+
+import time
+from collections import deque
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class StepMetrics(Callback):
+    """Log ``train/lr`` and ``train/images_per_second``, of all devices together.
+
+    Args:
+        window: batches that the speed is the mean of.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew: what a validation took is not the training's speed."""
+        self._marks.clear()
+        self._marks.append((time.perf_counter(), 0))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log rate and speed."""
+        _, labels = batch
+        self._marks.append((time.perf_counter(), len(labels) * trainer.world_size))
+        seconds = self._marks[-1][0] - self._marks[0][0]
+        images = sum(count for _, count in list(self._marks)[1:])
+        pl_module.log("train/images_per_second", images / max(seconds, 1e-9))
+        pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])

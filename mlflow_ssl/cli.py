@@ -1,0 +1,133 @@
+"""Words to overrides. Nothing heavy is imported until they make sense, so help and mistakes answer at once."""
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from mlflow_ssl import __version__
+from mlflow_ssl.errors import InputError, Interrupted
+
+log = logging.getLogger(__name__)
+
+USAGE = """\
+Train self-supervised, with everything in MLflow.
+
+  mlflow run . -P experiment=byol [-P data_path=FOLDER] [-P KEY=VALUE ...] [-P overrides='+NEW=1 ~GONE']
+  python -m mlflow_ssl experiment=byol [data_path=FOLDER] [KEY=VALUE ...]
+  mlflow-ssl experiment=byol ...
+
+KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the words ask for and return the exit code: 2 for a mistake of the user, 128 + n for a signal."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(USAGE + "".join(f"  {name}\n" for name in _experiments()))
+        return 0
+    if words == ["--version"]:
+        sys.stdout.write(f"mlflow_ssl {__version__}\n")
+        return 0
+    try:
+        with _signals_raise():
+            _run(words)
+    except InputError as error:
+        _give_back_run("FAILED", str(error))
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Interrupted as error:
+        _give_back_run("KILLED", str(error))
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except Exception as error:
+        _give_back_run("FAILED", f"{type(error).__name__}: {error}")
+        raise
+    return 0
+
+
+def _run(words: Sequence[str]) -> None:
+    from mlflow_ssl.config import build, compose_config
+
+    overrides = to_overrides(words)
+    config = compose_config(overrides)
+    task = build(config.task)
+    task(config, overrides).run()
+
+
+def to_overrides(words: Sequence[str]) -> list[str]:
+    """Return Hydra overrides for the words of a command line.
+
+    MLflow hands a parameter of its own choosing over as ``--key value``, a declared one that is empty as an empty
+    word, and free Hydra syntax in one word behind ``--overrides``.
+
+    Raises:
+        InputError: if a ``--key`` has no value.
+
+    Example:
+        >>> to_overrides(["--experiment", "byol", "--data_path", "", "--overrides", "+a=1 ~b"])
+        ['experiment=byol', '+a=1', '~b']
+    """
+    overrides: list[str] = []
+    left = iter(words)
+    for word in left:
+        if not word.startswith("--"):
+            overrides += [word] if word else []
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            given = next(left, None)
+            if given is None:
+                raise InputError(f"--{key} must have a value")
+            value = given
+        overrides += _override(key, value)
+    return overrides
+
+
+def _override(key: str, value: str) -> list[str]:
+    from mlflow_ssl.config import quote, quote_text
+
+    if not value:
+        return []
+    if key == "overrides":
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise InputError(f"overrides must be words as a shell reads them: {error}, got {value!r}") from error
+    # a path may hold anything; the rest is Hydra's to read where it can
+    return [f"{key}={quote_text(value) if key == 'data_path' else quote(value)}"]
+
+
+def _experiments() -> list[str]:
+    from mlflow_ssl.config import options
+
+    return sorted(options("experiment"))
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM raise `Interrupted` where the program stands."""
+
+    def stop(signum: int, _: FrameType | None) -> NoReturn:
+        raise Interrupted(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _give_back_run(status: str, reason: str) -> None:
+    """End the run that ``mlflow run`` opened, if we failed before we took it over."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        from mlflow_ssl.tracking.run import end_launched_run
+
+        end_launched_run(os.environ.pop("MLFLOW_RUN_ID"), status=status, reason=reason)

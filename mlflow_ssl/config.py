@@ -1,0 +1,238 @@
+"""The only door to Hydra: words in, one checked and resolved config out, parts built from it."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from mlflow_ssl.albumentations_v1 import modernize
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.schema import check_plain_groups
+
+ALIASES = {"data_path": "datamodule.data_path", "optimizer.lr": "scheduler.init_lr"}
+"""Short or customary keys, and where the value really stands: the schedule owns the learning rate."""
+
+_RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    shipped = package / "configs"
+    return shipped if shipped.is_dir() else package.parent / "configs"
+
+
+def search_folders() -> list[Path]:
+    """Return where configs are looked for: the shipped ones first, then ``configs`` in the current folder."""
+    own, shipped = Path("configs").resolve(), config_folder().resolve()
+    return [shipped, own] if own.is_dir() and own != shipped else [shipped]
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """Compose the config that Hydra overrides ask for.
+
+    Raises:
+        InputError: if an override cannot be parsed, or names a group option or a key that does not exist.
+    """
+    OmegaConf.register_new_resolver("peak_lr", _peak_lr, replace=True)
+    words = [_unalias(word) for word in overrides]
+    shipped, *own = search_folders()
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]"] if own else []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(shipped), version_base="1.3"):
+        try:
+            composed = compose("config", overrides=[*words, *search])
+        except OverrideParseException as error:
+            raise InputError(f"cannot read the override {error.override!r}: {_first_line(error)}") from error
+        except MissingConfigException as error:
+            raise InputError(_unknown_option(error, words)) from error
+        except ConfigCompositionException as error:
+            raise InputError(_unknown_key(error, words)) from error
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise InputError(f"cannot compose the config: {_first_line(error)}") from error
+    config = OmegaConf.create(modernize(OmegaConf.to_container(composed)))
+    assert isinstance(config, DictConfig)  # noqa: S101 a dict becomes a DictConfig
+    return config
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Return a copy with every interpolation replaced by its value, and checked.
+
+    Raises:
+        InputError: if a mandatory value is missing, an interpolation leads nowhere, or an argument is unknown.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        key = missing[0]
+        short = next((name for name, full in ALIASES.items() if full == key), key)
+        raise InputError(f"{key} must be given; add {short}=VALUE")
+    resolved = config.copy()
+    try:
+        OmegaConf.resolve(resolved)
+    except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        raise InputError(f"cannot resolve the config: {_first_line(error)}") from error
+    check_plain_groups(OmegaConf.to_container(resolved))  # type: ignore[arg-type]
+    for path, node in _targets(resolved):
+        _check_arguments(path, node)
+    return resolved
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Build what a config node describes; parts get plain lists and dicts.
+
+    Raises:
+        InputError: if a part refuses what the user gave.
+    """
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except HydraException as error:
+        cause = error.__cause__
+        while isinstance(cause, HydraException):
+            cause = cause.__cause__
+        if isinstance(cause, InputError):
+            raise cause from error
+        if isinstance(cause, ValueError | TypeError):
+            target = node.get("_target_", "config")
+            raise InputError(f"{target} refuses its arguments: {' '.join(str(cause).split())}") from error
+        raise
+
+
+def write_record(unresolved: DictConfig, resolved: DictConfig, overrides: Sequence[str], folder: Path) -> None:
+    """Write the resolved config, its tree, the config before resolution and the overrides into ``folder``."""
+    OmegaConf.save(resolved, folder / "config_resolved.yaml")
+    OmegaConf.save(unresolved, folder / "config_unresolved.yaml")
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    (folder / "config_tree.txt").write_text(_tree_text(resolved))
+
+
+def _tree_text(resolved: DictConfig) -> str:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    def grow(tree: Tree, node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, dict | list) and value:
+                grow(tree.add(str(key)), value)
+            else:
+                tree.add(f"{key}: {value}")
+
+    tree = Tree("config")
+    grow(tree, OmegaConf.to_container(resolved))
+    console = Console(width=160, markup=False, highlight=False, color_system=None, emoji=False)
+    with console.capture() as capture:
+        console.print(tree)
+    return capture.get()
+
+
+def quote(value: str) -> str:
+    """Return ``value`` as a word of an override: as it is where Hydra's grammar reads it, quoted elsewhere.
+
+    Example:
+        >>> quote("[x,y]"), quote("two words"), quote("a (1), b")
+        ('[x,y]', 'two words', "'a (1), b'")
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}")
+    except OverrideParseException:
+        return quote_text(value)
+    return quote_text(value) if parsed.is_sweep_override() else value
+
+
+def quote_text(value: str) -> str:
+    """Return ``value`` as a quoted string of Hydra's grammar, whatever it holds."""
+    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + "\\'", value)
+    escaped = re.sub(r"(\\+)$", lambda m: m[1] * 2, escaped)
+    return f"'{escaped}'"
+
+
+def _unalias(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{ALIASES[key]}={value}" if equals and key in ALIASES else word
+
+
+def _peak_lr(init_lr: Any) -> Any:
+    # the tutorial spells it as a list of one; schedules.peak_lr checks it
+    return init_lr[0] if OmegaConf.is_list(init_lr) and len(init_lr) == 1 else init_lr
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _unknown_option(error: MissingConfigException, words: Sequence[str]) -> str:
+    found = re.search(r"'([^']+)'", str(error))
+    missing = str(error.missing_cfg_file or (found[1] if found else ""))
+    group, _, option = missing.partition("/")
+    known = sorted(options(group))
+    close = difflib.get_close_matches(option, known, n=4) or known[:8]
+    hint = "; any timm network: backbone=timm backbone.model_name=NAME" if group == "backbone" else ""
+    if not known:
+        return f"no config is named {missing!r}; groups are {', '.join(_groups())}"
+    return f"{group} has no option {option!r}; close matches: {', '.join(close)}{hint}"
+
+
+def options(group: str) -> Iterator[str]:
+    """Yield the options of a config group, such as ``byol`` and ``base/ssl/byol`` of ``experiment``."""
+    for folder in search_folders():
+        for file in (folder / group).rglob("*.yaml"):
+            yield file.relative_to(folder / group).with_suffix("").as_posix()
+
+
+def _groups() -> list[str]:
+    return sorted({folder.name for root in search_folders() for folder in root.iterdir() if folder.is_dir()})
+
+
+def _unknown_key(error: ConfigCompositionException, words: Sequence[str]) -> str:
+    found = re.search(r"Could not (?:override|append|delete)[^'\"]*['\"]?([\w./@+-]+)", str(error)) or re.search(
+        r"key '([^']+)'", str(error)
+    )
+    key = found[1].rstrip(".") if found else ""
+    groups = [word for word in words if "=" in word and "." not in word.partition("=")[0]]
+    known = list(_keys(compose("config", overrides=groups))) if key and not isinstance(error, InputError) else []
+    if not key or key in known:
+        return f"cannot compose the config: {_first_line(error)}"
+    close = ", ".join(difflib.get_close_matches(key, known, n=4, cutoff=0.5)) or "none"
+    return f"no config key is named {key!r}; close matches: {close} (a new key is added with +{key}=VALUE)"
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig) and "_target_" in node:
+        yield path, node
+    children = node.items() if isinstance(node, DictConfig) else enumerate(node)
+    for key, child in children:
+        if OmegaConf.is_config(child):
+            yield from _targets(child, f"{path}.{key}" if path else str(key))
+
+
+def _check_arguments(path: str, node: DictConfig) -> None:
+    try:
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}._target_ must be an importable name, got {node['_target_']!r}") from error
+    except TypeError:  # a class that hides its signature
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key in node:
+        if key not in parameters and key not in _RESERVED:
+            close = ", ".join(difflib.get_close_matches(str(key), list(parameters), n=3)) or "none"
+            raise InputError(f"{path}.{key} is not an argument of {node['_target_']}; close matches: {close}")

@@ -1,0 +1,273 @@
+"""A folder of class folders as splits of images."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from mlflow_ssl.datasets import EpochSampler, ImageDataset
+from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
+from mlflow_ssl.datasets.index import BadImage, ImageIndex, read_contents, scan
+from mlflow_ssl.datasets.splits import SPLITS, draw_splits, read_split_files
+from mlflow_ssl.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class ClassificationDataModule(LightningDataModule):
+    """Images by class, divided into training, validation and test.
+
+    Splits come, in this order, from split files, from folders named ``train``, ``val`` and ``test`` that hold the class
+    folders, and from a stratified draw of what is left. ``train.txt``, ``val.txt`` and ``test.txt`` in the data folder
+    are taken for split files where no others are given.
+
+    Args:
+        data_path: the data folder, or ``embedded:digits``.
+        exclude_filter: leave out images whose relative path contains one of these.
+        include_filter: keep only images whose relative path contains one of these.
+        seed: of splits, order and views.
+        num_workers: loader processes; at most as many as this machine has processors are started. 0 loads in the
+            main process. Results do not depend on it.
+        batch_size: images per batch and device.
+        train_transform: albumentations transform of training images.
+        val_transform: likewise, of validation images.
+        test_transform: likewise, of test images.
+        train_split_file: file with one path relative to ``data_path`` a line.
+        val_split_file: likewise.
+        test_split_file: likewise.
+        val_size: share of the images left to draw from that validates, in [0, 1).
+        test_size: share of them that tests, in [0, 1).
+        class_to_idx: class name to label; by default the sorted names count from 0.
+        on_bad_image: ``error`` ends the run at an image that cannot be decoded, ``skip`` leaves it out.
+
+    Raises:
+        InputError: at `build_index`, for whatever is wrong with folder, files or sizes.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        *,
+        exclude_filter: Sequence[str] | None = None,
+        include_filter: Sequence[str] | None = None,
+        seed: int = 42,
+        num_workers: int = 8,
+        batch_size: int = 16,
+        train_transform: Any = None,
+        val_transform: Any = None,
+        test_transform: Any = None,
+        train_split_file: str | None = None,
+        val_split_file: str | None = None,
+        test_split_file: str | None = None,
+        val_size: float = 0.2,
+        test_size: float = 0.2,
+        class_to_idx: Mapping[str, int] | None = None,
+        on_bad_image: str = "error",
+    ) -> None:
+        super().__init__()
+        self.data_path = data_path
+        self.exclude_filter = _strings(exclude_filter)
+        self.include_filter = _strings(include_filter)
+        self.seed = seed
+        self.num_workers = num_workers
+        self.batch_size = batch_size
+        self.train_transform = train_transform
+        self.val_transform = val_transform
+        self.test_transform = test_transform
+        self.split_files = {"train": train_split_file, "val": val_split_file, "test": test_split_file}
+        self.val_size = val_size
+        self.test_size = test_size
+        self.class_to_idx = dict(class_to_idx) if class_to_idx is not None else None
+        self.on_bad_image = on_bad_image
+        self.bad_images: list[BadImage] = []
+        self._index: ImageIndex | None = None
+        self._datasets: dict[str, Dataset[Any]] = {}
+
+    # the table of images
+
+    @property
+    def root(self) -> Path:
+        """The data folder; set ``data_path`` to move a loaded datamodule to another machine."""
+        return digits_folder() if self.data_path == DIGITS else Path(self.data_path).expanduser()
+
+    @property
+    def index(self) -> ImageIndex:
+        """Every image that is in a split, with its class, split and digest."""
+        if self._index is None:
+            self._index = self.build_index()
+        return self._index
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, by label; empty where the images have none."""
+        mapping = self.class_to_idx or {}
+        return sorted(mapping, key=mapping.__getitem__)
+
+    def build_index(self) -> ImageIndex:
+        """Scan the folder, read every image once and draw the splits."""
+        self._check_choices()
+        root = self.root
+        found = scan(root, include=self.include_filter, exclude=self.exclude_filter)
+        contents, self.bad_images = read_contents(root, list(found))
+        self._judge_bad_images(len(found))
+        splits = self._split(root, {path: found[path] for path in found if path in contents}, known=found)
+        paths = sorted(path for path in splits if path in contents)
+        if not any(splits[path] == "train" for path in paths):
+            raise InputError("the training split is empty; check datamodule.train_split_file, val_size and test_size")
+        self.class_to_idx = self._number_classes({found[path][0] for path in paths})
+        return ImageIndex(
+            pa.table({
+                "path": pa.array(paths, pa.string()),
+                "class_name": pa.array([found[path][0] for path in paths], pa.string()),
+                "label": pa.array([self.class_to_idx.get(found[path][0], 0) for path in paths], pa.int64()),
+                "split": pa.array([splits[path] for path in paths], pa.string()),
+                "size": pa.array([contents[path][0] for path in paths], pa.int64()),
+                "digest": pa.array([contents[path][1] for path in paths], pa.string()),
+            })
+        )
+
+    def _check_choices(self) -> None:
+        if self.on_bad_image not in ("error", "skip"):
+            raise InputError(f"datamodule.on_bad_image must be error or skip, got {self.on_bad_image!r}")
+        if self.batch_size < 2:  # noqa: PLR2004 BatchNorm needs two images
+            raise InputError(f"datamodule.batch_size must be at least 2, got {self.batch_size}")
+        if self.num_workers < 0:
+            raise InputError(f"datamodule.num_workers must be 0 or more, got {self.num_workers}")
+
+    def _judge_bad_images(self, num_images: int) -> None:
+        if len(self.bad_images) == num_images:
+            raise InputError(f"datamodule.data_path holds {num_images} images and none can be decoded: {self.root}")
+        if not self.bad_images:
+            return
+        first = self.bad_images[0]
+        if self.on_bad_image == "error":
+            raise InputError(
+                f"{len(self.bad_images)} of {num_images} images cannot be decoded, the first is {self.root / first.path} "
+                f"({first.reason}); mend or remove them, or set datamodule.on_bad_image=skip"
+            )
+        log.warning("skipping %d of %d images, which cannot be decoded: %s ...", len(self.bad_images), num_images, first.path)
+
+    def _split(
+        self, root: Path, found: Mapping[str, tuple[str, str]], known: Mapping[str, object]
+    ) -> dict[str, str]:
+        files = self._find_split_files(root)
+        filtered = self.include_filter is not None or self.exclude_filter is not None
+        fixed = read_split_files(root, files, known=known, filtered=filtered)
+        by_folder = {path: split for path, (_, split) in found.items() if split and path not in fixed}
+        fixed |= {path: split for path, split in by_folder.items() if split not in files}
+        named = set(files) | set(by_folder.values())
+        pool = {path: name for path, (name, _) in found.items()}
+        if by_folder and not files:
+            # split folders: what is missing is drawn from training, never from the folder kept for the end
+            named.discard("train")
+            fixed = {path: split for path, split in fixed.items() if split != "train"}
+        return draw_splits(
+            pool,
+            seed=self.seed,
+            val_size=self.val_size,
+            test_size=self.test_size,
+            fixed=fixed,
+            named=named,
+        )
+
+    def _find_split_files(self, root: Path) -> dict[str, Path]:
+        given = {split: Path(file).expanduser() for split, file in self.split_files.items() if file is not None}
+        # a relative split file may lie in the data folder, as the tutorial's do
+        given = {
+            split: root / file if not file.is_file() and (root / file).is_file() else file for split, file in given.items()
+        }
+        lying = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
+        if given or not lying:
+            return given
+        log.info("taking the splits from %s", ", ".join(str(file) for file in lying.values()))
+        return lying
+
+    def _number_classes(self, names: set[str]) -> dict[str, int]:
+        names = names - {""}
+        if self.class_to_idx is None:
+            return {name: label for label, name in enumerate(sorted(names))}
+        unknown = sorted(names - self.class_to_idx.keys())
+        if unknown:
+            raise InputError(
+                f"datamodule.class_to_idx must name every class folder; it lacks {', '.join(unknown)} "
+                "(leave them out with datamodule.exclude_filter)"
+            )
+        if sorted(self.class_to_idx.values()) != list(range(len(self.class_to_idx))):
+            raise InputError(f"datamodule.class_to_idx must number the classes 0, 1, 2, ..., got {self.class_to_idx}")
+        return self.class_to_idx
+
+    # Lightning's side
+
+    def prepare_data(self) -> None:
+        """Build the index unless it is there."""
+        _ = self.index
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the data sets of all splits."""
+        transforms = {"train": self.train_transform, "val": self.val_transform, "test": self.test_transform}
+        self._datasets = {
+            split: self._image_dataset(self.index.split(split), transform) for split, transform in transforms.items()
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of training images in an order drawn anew each epoch."""
+        return self._train_loader(self._datasets["train"])
+
+    def val_dataloader(self) -> Any:
+        """Return batches of validation images, or nothing where there are none."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> Any:
+        """Return batches of test images, or nothing where there are none."""
+        return self._eval_loader("test")
+
+    def _image_dataset(self, index: ImageIndex, transform: Any) -> ImageDataset:
+        return ImageDataset(self.root, index, transform=transform, seed=self.seed)
+
+    def _eval_loader(self, split: str) -> Any:
+        dataset: Any = self._datasets[split]
+        return self._loader(dataset) if len(dataset) else []
+
+    def _train_loader(self, dataset: Any) -> DataLoader[Any]:
+        rank, world_size = _position()
+        sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size)
+        if len(sampler) < self.batch_size:
+            raise InputError(
+                f"datamodule.batch_size must be at most the training split's {len(sampler)} images, got {self.batch_size}"
+            )
+        # BatchNorm cannot normalize a batch of one image
+        drop_last = len(sampler) % self.batch_size == 1
+        return self._loader(dataset, sampler=sampler, drop_last=drop_last, persistent=True)
+
+    def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
+        workers = min(self.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **kwargs,
+        )
+
+    # what a joblib dump holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a training: its trainer, and data sets with absolute paths."""
+        return self.__dict__ | {"trainer": None, "_datasets": {}}
+
+
+def _strings(words: Sequence[str] | str | None) -> list[str] | None:
+    return [words] if isinstance(words, str) else list(words) if words is not None else None
+
+
+def _position() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

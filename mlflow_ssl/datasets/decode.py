@@ -1,0 +1,38 @@
+"""Bytes to pixels."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+"""Endings of the files taken for images, lower case."""
+
+
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    """Return the picture as RGB, shape ``(H, W, 3)``, values 0..255, upright by its EXIF orientation.
+
+    Raises:
+        OSError: if the bytes are not a whole image.
+        ValueError: likewise, from some of PIL's readers.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if image.mode.startswith("I"):  # PIL clips 16 bits to 255; scale them
+            deep = np.asarray(image, dtype=np.float64)
+            return np.repeat((deep / 257).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_image(path: Path) -> npt.NDArray[np.uint8]:
+    """Return the picture in a file, as `decode` does.
+
+    Raises:
+        RuntimeError: if the file cannot be read or decoded any more; it could when training began.
+    """
+    try:
+        return decode(path.read_bytes())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RuntimeError(f"image was readable at the start and is not any more: {path}: {error}") from error

@@ -1,0 +1,44 @@
+"""Which image comes when."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]
+"""Epoch and index of an image: what a data set needs to draw its views."""
+
+
+class EpochSampler(Sampler[Key]):
+    """All images of an epoch in an order that depends on seed and epoch alone.
+
+    It yields epoch and index together. So workers need no shared epoch counter, and what they draw depends neither
+    on their number nor on how far they run ahead.
+
+    Args:
+        num_images: size of the data set.
+        seed: another seed, another order.
+        rank: number of this process among ``world_size``.
+        world_size: processes that share the epoch; each gets equally many images, what is left over is dropped.
+    """
+
+    def __init__(self, num_images: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of images that this process sees in an epoch."""
+        return self.num_images // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        """Yield epoch and index of each image."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+            yield self.epoch, int(index)

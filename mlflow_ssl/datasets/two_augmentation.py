@@ -1,0 +1,57 @@
+"""Two views of one image."""
+
+from collections.abc import Sequence, Sized
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mlflow_ssl.datasets.sampler import Key
+from mlflow_ssl.transforms import apply, to_tensor
+
+Views = tuple[tuple[Tensor, Tensor], int]
+
+
+class TwoAugmentationDataset(Dataset[Views]):
+    """Decode an image once and draw two views of it, independently of each other.
+
+    What is drawn depends on seed, epoch, image and view alone: not on workers, order or what was drawn before.
+
+    Args:
+        transform: two albumentations transforms, or one that draws both views.
+        dataset: gives an RGB image ``(H, W, 3)`` and a class for a key; the datamodule fills it in.
+        seed: another seed, other views.
+
+    Raises:
+        ValueError: if there are not one or two transforms.
+    """
+
+    def __init__(self, transform: Any, dataset: Dataset[Any] | None = None, *, seed: int = 0) -> None:
+        transforms = list(transform) if isinstance(transform, Sequence) else [transform, transform]
+        if len(transforms) != 2:  # noqa: PLR2004 two views
+            raise ValueError(f"transform must be one transform or a list of two, got {len(transforms)}")
+        self.transform = transforms
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(cast(Sized, self._source))
+
+    def __getitem__(self, key: int | Key) -> Views:
+        """Return ``((view_1, view_2), label)``, views of shape ``(C, H, W)``; a bare index means epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, label = self._source[(epoch, index)]
+        if isinstance(image, Tensor):  # the datamodule's train_transform has made it one
+            image = image.permute(1, 2, 0).numpy()
+        view_1, view_2 = (
+            to_tensor(apply(transform, image, draw=(self.seed, epoch, index, view)))
+            for view, transform in enumerate(self.transform, start=1)
+        )
+        return (view_1, view_2), label
+
+    @property
+    def _source(self) -> Dataset[Any]:
+        if self.dataset is None:
+            raise RuntimeError("dataset must be set before views are drawn; SSLDataModule.setup does so")
+        return self.dataset

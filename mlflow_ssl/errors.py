@@ -1,0 +1,19 @@
+"""The two ways in which a run ends early without being our fault."""
+
+import signal
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: shown as one line, exit code 2, no traceback."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, raised where the program stands so that every ``finally`` still runs.
+
+    A ``BaseException``, as ``KeyboardInterrupt`` is, so that no ``except Exception`` swallows it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        """Remember which signal it was."""
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum

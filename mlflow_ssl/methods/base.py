@@ -1,0 +1,88 @@
+"""What every method shares: the embedding, the optimizer and its schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mlflow_ssl.optimizers import parameter_groups
+
+
+class SSLMethod(LightningModule):
+    """A method trains ``online``; its backbone's output is the embedding that everything is measured by.
+
+    Args:
+        online: the trained network, with a ``backbone``.
+        optimizer: makes the optimizer for parameter groups.
+        scheduler: makes the learning-rate schedule, see `mlflow_ssl.schedules.warmup_cosine_scheduler`; None keeps the
+            optimizer's own rate.
+        batch_size: images per batch and device.
+        channels_last: keep images and weights in the memory format that convolutions are fastest in.
+    """
+
+    def __init__(
+        self,
+        online: nn.Module,
+        *,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        batch_size: int = 1,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.online = online
+        self.batch_size = batch_size
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return the modules whose parameters the optimizer moves."""
+        return [self.online]
+
+    def on_fit_start(self) -> None:
+        """Lay the weights out as the images will be."""
+        self.to(memory_format=self.memory_format)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lay the images out as the weights are; a batch is ``(images or tuple of views, labels)``."""
+        images, labels = batch
+        if isinstance(images, Tensor):
+            return images.contiguous(memory_format=self.memory_format), labels
+        return tuple(view.contiguous(memory_format=self.memory_format) for view in images), labels
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""
+        return self.online.backbone(images).float()  # type: ignore[operator, no-any-return, union-attr]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the embeddings of a batch; callbacks make metrics of them."""
+        return self.embed(batch[0])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the embeddings of a batch; callbacks make metrics of them."""
+        return self.embed(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer, and the schedule that moves its learning rate each optimizer step."""
+        optimizer = self._make_optimizer(parameter_groups(*self.trained_modules()))
+        if self._make_scheduler is None:
+            return optimizer
+        trainer = self.trainer
+        total_steps = self.total_steps
+        scheduler = self._make_scheduler(
+            optimizer,
+            total_steps=total_steps,
+            steps_per_epoch=total_steps / max(trainer.max_epochs or 1, 1),
+            global_batch=self.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return int(self.trainer.estimated_stepping_batches)

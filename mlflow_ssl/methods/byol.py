@@ -1,0 +1,80 @@
+"""Bootstrap your own latent."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlflow_ssl.losses import byol_loss
+from mlflow_ssl.methods.base import SSLMethod
+from mlflow_ssl.schedules import cosine_tau
+from mlflow_ssl.target import copy_as_target, update_target
+
+
+class BYOL(SSLMethod):
+    """The online network predicts what the target network projects of the other view.
+
+    Args:
+        encoder: backbone plus projector; becomes the online network, and a copy of it the target.
+        predictor: head on the online network only.
+        loss: loss per image of prediction and projection, ``(B, D), (B, D) -> (B,)``.
+        base_tau: share of the old target kept per update at the start; rises to 1 on a cosine.
+        kwargs: see `SSLMethod`.
+
+    References:
+        Grill et al. 2020, arXiv:2006.07733.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] = byol_loss,
+        base_tau: float = 0.996,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(encoder, **kwargs)
+        self.predictor = predictor
+        self.target = copy_as_target(encoder)
+        self.loss = loss
+        self.base_tau = base_tau
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return encoder and predictor."""
+        return [self.online, self.predictor]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch ``((view_1, view_2), labels)``: both directions summed, mean over images."""
+        (view_1, view_2), _ = batch
+        loss = (self._bootstrap(view_1, view_2) + self._bootstrap(view_2, view_1)).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _bootstrap(self, view: Tensor, other: Tensor) -> Tensor:
+        prediction = self.predictor(self.online(view))
+        # in train mode, as the paper's target is: it normalizes by the batch and keeps its own BatchNorm statistics
+        projection = self.target(other)
+        return self.loss(prediction.float(), projection.float())
+
+    def configure_optimizers(self) -> Any:
+        """Let the target follow each step that the optimizer really makes.
+
+        The hook runs once per optimizer step however many batches accumulate, and not at all for a step that the fp16
+        gradient scaler skips.
+        """
+        configured = super().configure_optimizers()
+        optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        optimizer.register_step_post_hook(self._follow)
+        return configured
+
+    def _follow(self, *_: Any) -> None:
+        tau = cosine_tau(self.global_step, total_steps=self.total_steps, base=self.base_tau)
+        update_target(self.target, self.online, tau=tau)
+        self.tau = tau
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log the tau of the last update."""
+        if hasattr(self, "tau"):
+            self.log("train/tau", self.tau)

@@ -1,0 +1,72 @@
+"""What can be known to go wrong before a training begins, and what the data decide about its config."""
+
+import logging
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets.embedded import DIGITS
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.export import check_types
+from mlflow_ssl.transforms import apply, to_tensor
+
+log = logging.getLogger(__name__)
+
+
+def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
+    """Check a resolved config against its data, and drop the choice of a best checkpoint where nothing can choose.
+
+    Raises:
+        InputError: if batch size, neighbours, normalization or export types cannot work.
+    """
+    check_types(config.export.types)
+    num_train, num_bank = len(datamodule.index.split("train")), len(datamodule.bank)
+    if datamodule.batch_size > num_train:
+        raise InputError(
+            f"datamodule.batch_size must be at most the training split's {num_train} images, got {datamodule.batch_size}"
+        )
+    neighbours = config.callbacks.knn.num_neighbours if config.callbacks.get("knn") else 1
+    if num_bank and not 1 <= neighbours <= num_bank:
+        raise InputError(
+            f"callbacks.knn.num_neighbours must be between 1 and the bank size {num_bank}, got {neighbours}; "
+            "lower it or add data"
+        )
+    _check_normalization(config, datamodule)
+    if not len(datamodule.queries) and config.callbacks.get("model_checkpoint"):
+        log.warning(
+            "no val_acc in this run: the data have %d class(es) and %d validation images; the last checkpoint is the one "
+            "tested and exported",
+            len(datamodule.classes),
+            len(datamodule.index.split("val")),
+        )
+        config.callbacks.model_checkpoint = None
+
+
+def _check_normalization(config: DictConfig, datamodule: SSLDataModule) -> None:
+    """Check that ``val_transform`` normalizes as the exported network will: an even grey stays even."""
+    grey = np.full((config.transforms.input_height, config.transforms.input_width, 3), 100, dtype=np.uint8)
+    got = to_tensor(apply(datamodule.val_transform, grey, draw=(0,))) if datamodule.val_transform else to_tensor(grey)
+    mean, std = (torch.tensor(list(config.transforms[name])).view(3, 1, 1) for name in ("mean", "std"))
+    expected = ((100 / 255 - mean) / std).expand(3, config.transforms.input_height, config.transforms.input_width)
+    if got.shape != expected.shape:
+        raise InputError(
+            f"datamodule.val_transform must give images of transforms.input_height x input_width, shape "
+            f"{tuple(expected.shape)}, got {tuple(got.shape)}"
+        )
+    if not torch.allclose(got, expected, atol=1e-4):
+        raise InputError(
+            "datamodule.val_transform must normalize by transforms.mean and transforms.std, which the exported network "
+            "does; use ${transforms.normalize}"
+        )
+
+
+def warn_of_demonstration(config: DictConfig, datamodule: SSLDataModule) -> None:
+    """Say which settings were made for the embedded data, where somebody else's are trained on."""
+    if config.core.demonstration and datamodule.data_path != DIGITS:
+        log.warning(
+            "this experiment demonstrates on the embedded digits, and these settings were made for them: %s; for a real "
+            "data set take experiment=base/ssl/byol, or experiment=paper/byol_small_batch for small batches",
+            ", ".join(config.core.demonstration),
+        )

@@ -1,0 +1,68 @@
+"""Lightning's metrics in an open run."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow.entities import Metric
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from mlflow_ssl.tracking.run import Run
+
+FLUSH_SECONDS = 1.0
+
+
+class MLflowLogger(Logger):
+    """Send metrics to a run in batches, about once a second, without making the training wait.
+
+    Lightning's own MLflow logger ends the run after every fit, and autologging counts epochs for steps.
+
+    Args:
+        run: the open run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+        self._waiting: list[Metric] = []
+        self._sent: list[Any] = []
+        self._flushed = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "mlflow"
+
+    @property
+    def version(self) -> str:
+        """The run."""
+        return self._run.run_id
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log nothing: the resolved config is the record."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep metrics of an optimizer step, and send what has gathered if a second has passed."""
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, float(value), now, step or 0) for key, value in metrics.items()]
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what has gathered, in the background."""
+        self._flushed = time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        for start in range(0, len(waiting), 1000):
+            batch = waiting[start : start + 1000]
+            self._sent.append(self._run.client.log_batch(self._run.run_id, metrics=batch, synchronous=False))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Wait until all is sent; the run goes on."""
+        self.flush()
+        sent, self._sent = self._sent, []
+        for operations in sent:
+            operations.wait()
