@@ -45,18 +45,24 @@ def build_backbone(
     if model_name not in timm.list_models():
         close = ", ".join(difflib.get_close_matches(model_name, timm.list_models(), n=4)) or "none"
         raise InputError(f"backbone.model_name must be a timm model name, got {model_name!r}; close matches: {close}")
-    if get_pretrained_cfg(model_name).fixed_input_size:
+    if _fixed_size(model_name):
         kwargs["img_size"] = tuple(image_size)
     backbone = _create(model_name, pretrained=pretrained, **kwargs)
     # the call that makes an empty network for an exported state dict
-    backbone.made_by = f"timm.create_model({_call(model_name, kwargs)}, num_classes=0)"
+    made_by = f"timm.create_model({_call(model_name, kwargs)}, num_classes=0)"
     if _wants_small_stem(backbone, small_stem, image_size=image_size, pretrained=pretrained):
         _shrink_stem(backbone, model_name)
         shape = _call(model_name, {"image_size": tuple(image_size), **kwargs, "small_stem": True})
-        backbone.made_by = f"mlflow_ssl.backbones.build_backbone({shape})"
+        made_by = f"mlflow_ssl.backbones.build_backbone({shape})"
+    backbone.made_by = made_by  # type: ignore[assignment]
     if checkpoint_path is not None:
         _load_weights(backbone, checkpoint_path)
     return backbone
+
+
+def _fixed_size(model_name: str) -> bool:
+    config = get_pretrained_cfg(model_name)
+    return config is not None and config.fixed_input_size
 
 
 def _call(model_name: str, kwargs: dict[str, Any]) -> str:
@@ -89,10 +95,10 @@ def _wants_small_stem(
 def _shrink_stem(backbone: nn.Module, model_name: str) -> None:
     if not isinstance(backbone, ResNet):
         raise InputError(f"backbone.small_stem must be false for {model_name}: only resnets have such a stem")
-    channels = backbone.bn1.num_features
-    backbone.conv1 = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    backbone.maxpool = nn.Identity()
+    stem = nn.Conv2d(3, int(backbone.bn1.num_features), kernel_size=3, padding=1, bias=False)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    backbone.add_module("conv1", stem)
+    backbone.add_module("maxpool", nn.Identity())
     log.info("%s has the small-image stem: one 3x3 convolution, no pool", model_name)
 
 

@@ -62,7 +62,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(f"cannot compose the config: {_first_line(error)}") from error
     config = OmegaConf.create(modernize(OmegaConf.to_container(composed)))
-    assert isinstance(config, DictConfig)  # noqa: S101 a dict becomes a DictConfig
+    assert isinstance(config, DictConfig)
     return config
 
 
@@ -207,7 +207,7 @@ def _unknown_key(error: ConfigCompositionException, words: Sequence[str]) -> str
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
@@ -217,10 +217,10 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig) and "_target_" in node:
         yield path, node
-    children = node.items() if isinstance(node, DictConfig) else enumerate(node)
+    children = ((str(key), child) for key, child in node.items()) if isinstance(node, DictConfig) else enumerate(node)
     for key, child in children:
         if OmegaConf.is_config(child):
-            yield from _targets(child, f"{path}.{key}" if path else str(key))
+            yield from _targets(child, f"{path}.{key}" if path else f"{key}")
 
 
 def _check_arguments(path: str, node: DictConfig) -> None:
@@ -232,7 +232,7 @@ def _check_arguments(path: str, node: DictConfig) -> None:
         return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    for key in node:
+    for key in map(str, node):
         if key not in parameters and key not in _RESERVED:
-            close = ", ".join(difflib.get_close_matches(str(key), list(parameters), n=3)) or "none"
+            close = ", ".join(difflib.get_close_matches(key, list(parameters), n=3)) or "none"
             raise InputError(f"{path}.{key} is not an argument of {node['_target_']}; close matches: {close}")

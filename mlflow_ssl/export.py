@@ -52,6 +52,9 @@ class DeploymentNetwork(nn.Module):
         std: per channel, in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         copied = copy.deepcopy(backbone).to(device="cpu", dtype=torch.float32)
@@ -72,13 +75,14 @@ Writer = Callable[[DeploymentNetwork, Tensor, Path], Callable[[Tensor], Tensor] 
 def traced(network: DeploymentNetwork, example: Tensor) -> Any:
     """Return ``network`` as TorchScript, for images of the size of ``example``, ``(B, 3, H, W)``."""
     with _without_deprecation(), torch.no_grad():
-        return torch.jit.trace(network, example, check_trace=False)
+        return torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
 
 
 def _write_torchscript(network: DeploymentNetwork, example: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
     with _without_deprecation():
         torch.jit.save(traced(network, example), file)
-    return load_torchscript(file)
+    written: Callable[[Tensor], Tensor] = load_torchscript(file)
+    return written
 
 
 def _write_onnx(network: DeploymentNetwork, example: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
@@ -183,5 +187,5 @@ class _without_deprecation(warnings.catch_warnings):  # noqa: N801 reads as the 
         entered = super().__enter__()
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning)
         return entered

@@ -51,7 +51,13 @@ class Registry(_Group):
     name: str = Field(min_length=1, pattern=r"^[^/:]+$")
 
 
-_GROUPS = {"core": Core, "transforms": Transforms, "export": Export, "tracking": Tracking, "registry": Registry}
+_GROUPS: dict[str, type[BaseModel]] = {
+    "core": Core,
+    "transforms": Transforms,
+    "export": Export,
+    "tracking": Tracking,
+    "registry": Registry,
+}
 
 
 def check_plain_groups(config: dict[str, Any]) -> None:

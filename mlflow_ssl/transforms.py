@@ -33,7 +33,7 @@ def to_tensor(image: npt.NDArray[Any] | Tensor) -> Tensor:
     """Return an image ``(H, W, C)`` or ``(H, W)`` as float32 ``(C, H, W)``; bytes 0..255 become 0..1."""
     if isinstance(image, Tensor):  # the transform ended with ToTensorV2
         return image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    if image.ndim == 2:  # noqa: PLR2004
+    if image.ndim == 2:
         image = image[..., None]
     scale = 1 / 255 if image.dtype == np.uint8 else 1.0
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))

@@ -33,13 +33,25 @@ class KNNEvaluation(Callback):
             trainer.check_val_every_n_epoch = 1
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of embeddings."""
         self._embeddings.add(dataloader_idx, outputs, batch[1])
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of embeddings."""
         self._embeddings.add(dataloader_idx, outputs, batch[1])
@@ -58,8 +70,6 @@ class KNNEvaluation(Callback):
     def _log_votes(
         self, pl_module: LightningModule, name: str, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor
     ) -> None:
-        votes = knn_predict(
-            queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature
-        )
+        votes = knn_predict(queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature)
         pl_module.log(name, accuracy(votes.majority, truth), prog_bar=True)
         pl_module.log(f"{name}_weighted", accuracy(votes.weighted, truth))

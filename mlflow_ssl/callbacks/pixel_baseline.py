@@ -21,7 +21,13 @@ class PixelBaseline(Callback):
         self._pixels = Embeddings()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of pixels."""
         if trainer.state.fn == TrainerFn.VALIDATING:

@@ -122,20 +122,22 @@ class ClassificationDataModule(LightningDataModule):
             raise InputError("the training split is empty; check datamodule.train_split_file, val_size and test_size")
         self.class_to_idx = self._number_classes({found[path][0] for path in paths})
         return ImageIndex(
-            pa.table({
-                "path": pa.array(paths, pa.string()),
-                "class_name": pa.array([found[path][0] for path in paths], pa.string()),
-                "label": pa.array([self.class_to_idx.get(found[path][0], 0) for path in paths], pa.int64()),
-                "split": pa.array([splits[path] for path in paths], pa.string()),
-                "size": pa.array([contents[path][0] for path in paths], pa.int64()),
-                "digest": pa.array([contents[path][1] for path in paths], pa.string()),
-            })
+            pa.table(
+                {
+                    "path": pa.array(paths, pa.string()),
+                    "class_name": pa.array([found[path][0] for path in paths], pa.string()),
+                    "label": pa.array([self.class_to_idx.get(found[path][0], 0) for path in paths], pa.int64()),
+                    "split": pa.array([splits[path] for path in paths], pa.string()),
+                    "size": pa.array([contents[path][0] for path in paths], pa.int64()),
+                    "digest": pa.array([contents[path][1] for path in paths], pa.string()),
+                }
+            )
         )
 
     def _check_choices(self) -> None:
         if self.on_bad_image not in ("error", "skip"):
             raise InputError(f"datamodule.on_bad_image must be error or skip, got {self.on_bad_image!r}")
-        if self.batch_size < 2:  # noqa: PLR2004 BatchNorm needs two images
+        if self.batch_size < 2:
             raise InputError(f"datamodule.batch_size must be at least 2, got {self.batch_size}")
         if self.num_workers < 0:
             raise InputError(f"datamodule.num_workers must be 0 or more, got {self.num_workers}")
@@ -148,14 +150,14 @@ class ClassificationDataModule(LightningDataModule):
         first = self.bad_images[0]
         if self.on_bad_image == "error":
             raise InputError(
-                f"{len(self.bad_images)} of {num_images} images cannot be decoded, the first is {self.root / first.path} "
-                f"({first.reason}); mend or remove them, or set datamodule.on_bad_image=skip"
+                f"{len(self.bad_images)} of {num_images} images cannot be decoded, the first is "
+                f"{self.root / first.path} ({first.reason}); mend or remove them, or set datamodule.on_bad_image=skip"
             )
-        log.warning("skipping %d of %d images, which cannot be decoded: %s ...", len(self.bad_images), num_images, first.path)
+        log.warning(
+            "skipping %d of %d images, which cannot be decoded: %s ...", len(self.bad_images), num_images, first.path
+        )
 
-    def _split(
-        self, root: Path, found: Mapping[str, tuple[str, str]], known: Mapping[str, object]
-    ) -> dict[str, str]:
+    def _split(self, root: Path, found: Mapping[str, tuple[str, str]], known: Mapping[str, object]) -> dict[str, str]:
         files = self._find_split_files(root)
         filtered = self.include_filter is not None or self.exclude_filter is not None
         fixed = read_split_files(root, files, known=known, filtered=filtered)
@@ -180,7 +182,8 @@ class ClassificationDataModule(LightningDataModule):
         given = {split: Path(file).expanduser() for split, file in self.split_files.items() if file is not None}
         # a relative split file may lie in the data folder, as the tutorial's do
         given = {
-            split: root / file if not file.is_file() and (root / file).is_file() else file for split, file in given.items()
+            split: root / file if not file.is_file() and (root / file).is_file() else file
+            for split, file in given.items()
         }
         lying = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
         if given or not lying:
@@ -239,14 +242,17 @@ class ClassificationDataModule(LightningDataModule):
         sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size)
         if len(sampler) < self.batch_size:
             raise InputError(
-                f"datamodule.batch_size must be at most the training split's {len(sampler)} images, got {self.batch_size}"
+                f"datamodule.batch_size must be at most the training split's {len(sampler)} images, "
+                f"got {self.batch_size}"
             )
         # BatchNorm cannot normalize a batch of one image
         drop_last = len(sampler) % self.batch_size == 1
         return self._loader(dataset, sampler=sampler, drop_last=drop_last, persistent=True)
 
     def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        workers = min(self.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        workers = min(
+            self.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

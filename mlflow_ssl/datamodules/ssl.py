@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mlflow_ssl.datamodules.classification import ClassificationDataModule
 from mlflow_ssl.datasets import TwoAugmentationDataset
@@ -91,7 +91,7 @@ class SSLDataModule(ClassificationDataModule):
         nothing = train.take(np.empty(0, dtype=np.int64))
         if _num_classes(train) > 1:
             return train, val
-        if not self.split_validation or _num_classes(val) < 2:  # noqa: PLR2004
+        if not self.split_validation or _num_classes(val) < 2:
             return nothing, nothing
         drawn = draw_splits(
             {path: str(label) for path, label in zip(val.paths, val.labels, strict=True)},

@@ -97,7 +97,9 @@ def scan(
         raise InputError(f"datamodule.data_path must be an existing folder, got {root}")
     found = sorted(_image_files(root))
     if not found:
-        raise InputError(f"datamodule.data_path must hold images ({' '.join(sorted(EXTENSIONS))}), found none in {root}")
+        raise InputError(
+            f"datamodule.data_path must hold images ({' '.join(sorted(EXTENSIONS))}), found none in {root}"
+        )
     kept = [
         path
         for path in found
@@ -130,12 +132,14 @@ def _name_classes(paths: list[str]) -> dict[str, tuple[str, str]]:
     folders = {parts[0] for parts in map(_parts, paths) if len(parts) > 1}
     if "train" in folders and folders <= SPLIT_FOLDERS.keys():
         return {
-            path: (parts[1] if len(parts) > 2 else "", SPLIT_FOLDERS.get(parts[0], ""))  # noqa: PLR2004 split/class/file
+            path: (parts[1] if len(parts) > 2 else "", SPLIT_FOLDERS.get(parts[0], ""))
             for path, parts in ((path, _parts(path)) for path in paths)
         }
     loose = [path for path in paths if "/" not in path]
     if folders and loose:
-        log.warning("%d images lie beside the class folders, in none of them, and are left out: %s ...", len(loose), loose[0])
+        log.warning(
+            "%d images lie beside the class folders, in none of them, and are left out: %s ...", len(loose), loose[0]
+        )
         paths = [path for path in paths if "/" in path]
     return {path: (_parts(path)[0] if folders else "", "") for path in paths}
 
@@ -164,6 +168,6 @@ def _read_content(file: Path) -> tuple[int, str] | str:
     try:
         data = file.read_bytes()
         decode(data)
-    except Exception as error:  # noqa: BLE001 PIL's readers raise what they like on broken headers
+    except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())
     return len(data), hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -69,9 +69,7 @@ def _check_sizes(val_size: float, test_size: float) -> None:
         if not 0 <= size < 1:
             raise InputError(f"datamodule.{name} must be in [0, 1), got {size}")
     if val_size + test_size >= 1:
-        raise InputError(
-            f"datamodule.val_size + test_size must leave images to train on, got {val_size} + {test_size}"
-        )
+        raise InputError(f"datamodule.val_size + test_size must leave images to train on, got {val_size} + {test_size}")
 
 
 def _shares(val_size: float, test_size: float, named: set[str]) -> dict[str, float]:
@@ -136,9 +134,7 @@ def _read_lines(file: Path) -> list[str]:
     return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 
-def _check_paths(
-    root: Path, file: Path, paths: Sequence[str], known: Mapping[str, object], *, filtered: bool
-) -> None:
+def _check_paths(root: Path, file: Path, paths: Sequence[str], known: Mapping[str, object], *, filtered: bool) -> None:
     for path in paths:
         if path in known:
             continue

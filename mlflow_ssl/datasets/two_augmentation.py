@@ -28,7 +28,7 @@ class TwoAugmentationDataset(Dataset[Views]):
 
     def __init__(self, transform: Any, dataset: Dataset[Any] | None = None, *, seed: int = 0) -> None:
         transforms = list(transform) if isinstance(transform, Sequence) else [transform, transform]
-        if len(transforms) != 2:  # noqa: PLR2004 two views
+        if len(transforms) != 2:
             raise ValueError(f"transform must be one transform or a list of two, got {len(transforms)}")
         self.transform = transforms
         self.dataset = dataset

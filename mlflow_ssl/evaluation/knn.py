@@ -57,7 +57,7 @@ def knn_predict(
     num_classes = int(labels.max()) + 1
     chunks = [
         _vote(F.normalize(chunk.float(), dim=1) @ bank.T, labels, num_classes, num_neighbours, temperature)
-        for chunk in queries.split(chunk_size)
+        for chunk in torch.split(queries, chunk_size)
     ]
     return Predictions(*(torch.cat(votes) for votes in zip(*chunks, strict=True)))
 

@@ -57,7 +57,7 @@ class SSLMethod(LightningModule):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""
-        return self.online.backbone(images).float()  # type: ignore[operator, no-any-return, union-attr]
+        return self.online.backbone(images).float()  # type: ignore[operator, no-any-return]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the embeddings of a batch; callbacks make metrics of them."""

@@ -25,7 +25,8 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
     num_train, num_bank = len(datamodule.index.split("train")), len(datamodule.bank)
     if datamodule.batch_size > num_train:
         raise InputError(
-            f"datamodule.batch_size must be at most the training split's {num_train} images, got {datamodule.batch_size}"
+            f"datamodule.batch_size must be at most the training split's {num_train} images, "
+            f"got {datamodule.batch_size}"
         )
     neighbours = config.callbacks.knn.num_neighbours if config.callbacks.get("knn") else 1
     if num_bank and not 1 <= neighbours <= num_bank:
@@ -36,7 +37,7 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
     _check_normalization(config, datamodule)
     if not len(datamodule.queries) and config.callbacks.get("model_checkpoint"):
         log.warning(
-            "no val_acc in this run: the data have %d class(es) and %d validation images; the last checkpoint is the one "
+            "no val_acc in this run: the data have %d class(es) and %d validation images; the last checkpoint is "
             "tested and exported",
             len(datamodule.classes),
             len(datamodule.index.split("val")),
@@ -66,7 +67,7 @@ def warn_of_demonstration(config: DictConfig, datamodule: SSLDataModule) -> None
     """Say which settings were made for the embedded data, where somebody else's are trained on."""
     if config.core.demonstration and datamodule.data_path != DIGITS:
         log.warning(
-            "this experiment demonstrates on the embedded digits, and these settings were made for them: %s; for a real "
-            "data set take experiment=base/ssl/byol, or experiment=paper/byol_small_batch for small batches",
+            "this experiment demonstrates on the embedded digits, and these settings were made for them: %s; for a "
+            "real data set take experiment=base/ssl/byol, or experiment=paper/byol_small_batch for small batches",
             ", ".join(config.core.demonstration),
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import joblib
 from omegaconf import DictConfig
-from pytorch_lightning.utilities import rank_zero_only
 
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.errors import InputError
@@ -26,7 +25,7 @@ def open_output(core: DictConfig) -> Iterator[Path]:
     Raises:
         InputError: if the folder is there already and holds something, or cannot be made.
     """
-    shared = os.environ.get(_SHARED) if rank_zero_only.rank else None
+    shared = os.environ.get(_SHARED) if os.environ.get("LOCAL_RANK", "0") != "0" else None
     folder = Path(shared or core.output_dir).expanduser().resolve()
     if not shared:
         _make_empty(folder)

@@ -35,5 +35,9 @@ def closing_words(outcome: Outcome) -> str:
     if outcome.ui_command:
         lines.append(f"look       {outcome.ui_command}")
     lines.append(f"run        {outcome.link}")
-    lines += ["load", "  import mlflow", f'  network = mlflow.pytorch.load_model("models:/{outcome.name}/{outcome.version}")']
+    lines += [
+        "load",
+        "  import mlflow",
+        f'  network = mlflow.pytorch.load_model("models:/{outcome.name}/{outcome.version}")',
+    ]
     return "\n".join(lines)

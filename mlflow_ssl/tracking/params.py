@@ -28,9 +28,7 @@ def loggable_params(config: Mapping[str, Any], *, known: Mapping[str, str]) -> d
     for key in leaves.keys() & known.keys():
         if not _same(known[key], leaves[key]):
             log.warning("parameter %s was given as %s and is %s", key, known[key], leaves[key])
-    return {
-        key[:LONGEST_KEY]: _shortened(value) for key, value in leaves.items() if key[:LONGEST_KEY] not in known
-    }
+    return {key[:LONGEST_KEY]: _shortened(value) for key, value in leaves.items() if key[:LONGEST_KEY] not in known}
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

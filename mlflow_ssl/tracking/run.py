@@ -70,12 +70,11 @@ class Run:
 
     def log_dataset(self, *, name: str, source: str, digest: str) -> None:
         """Log the data set as the run's input."""
-        from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource
         from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.data.sources import LocalArtifactDatasetSource
+        from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
 
-        local: FileSystemDatasetSource = LocalArtifactDatasetSource(source)
-        mlflow.log_input(MetaDataset(local, name=name[:500], digest=digest), context="training")
+        dataset = MetaDataset(LocalArtifactDatasetSource(source), name=name[:500], digest=digest)  # type: ignore[abstract]
+        mlflow.log_input(dataset, context="training")
 
     @property
     def link(self) -> str:
@@ -203,4 +202,5 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 
 def _run_name(config: Mapping[str, Any]) -> str:
     # MLflow's own random name repeats under a fixed seed
-    return f"{config['core']['tag']}-{config['backbone']['model_name']}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    started = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{config['core']['tag']}-{config['backbone']['model_name']}-{started}"
