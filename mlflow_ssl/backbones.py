@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def build_backbone(
         shape = _call(model_name, {"image_size": tuple(image_size), **kwargs, "small_stem": True})
         made_by = f"mlflow_ssl.backbones.build_backbone({shape})"
     backbone.made_by = made_by  # type: ignore[assignment]
+    # mobilenets and some others widen the embedding after their last stage, and name that width apart
+    backbone.num_features = getattr(backbone, "head_hidden_size", backbone.num_features)
     if checkpoint_path is not None:
         _load_weights(backbone, checkpoint_path)
     return backbone
@@ -111,19 +114,20 @@ def _load_weights(backbone: nn.Module, checkpoint_path: str) -> None:
         state = _read_state_dict(Path(checkpoint_path))
     try:
         backbone.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        reason = textwrap.shorten(reason, width=200, placeholder=" ...")
         raise InputError(f"backbone.checkpoint_path does not fit this backbone: {checkpoint_path}: {reason}") from error
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"backbone.checkpoint_path must be an existing file or models:/name/version, got {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"backbone.checkpoint_path cannot be read as weights: {path}") from error

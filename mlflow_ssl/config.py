@@ -72,13 +72,13 @@ def resolve(config: DictConfig) -> DictConfig:
     Raises:
         InputError: if a mandatory value is missing, an interpolation leads nowhere, or an argument is unknown.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        key = missing[0]
-        short = next((name for name, full in ALIASES.items() if full == key), key)
-        raise InputError(f"{key} must be given; add {short}=VALUE")
     resolved = config.copy()
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            key = missing[0]
+            short = next((name for name, full in ALIASES.items() if full == key), key)
+            raise InputError(f"{key} must be given; add {short}=VALUE")
         OmegaConf.resolve(resolved)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
         raise InputError(f"cannot resolve the config: {_first_line(error)}") from error
@@ -194,12 +194,13 @@ def _groups() -> list[str]:
 
 
 def _unknown_key(error: ConfigCompositionException, words: Sequence[str]) -> str:
-    found = re.search(r"Could not (?:override|append|delete)[^'\"]*['\"]?([\w./@+-]+)", str(error)) or re.search(
-        r"key '([^']+)'", str(error)
-    )
-    key = found[1].rstrip(".") if found else ""
-    groups = [word for word in words if "=" in word and "." not in word.partition("=")[0]]
-    known = list(_keys(compose("config", overrides=groups))) if key and not isinstance(error, InputError) else []
+    found = re.search(r"'([^']+)'", str(error))
+    key = found[1] if found else ""
+    # composed without the wrong word, to know what there is
+    others = [
+        word for word in words if "." not in word.partition("=")[0] and word.lstrip("+~").partition("=")[0] != key
+    ]
+    known = list(_keys(compose("config", overrides=others)))
     if not key or key in known:
         return f"cannot compose the config: {_first_line(error)}"
     close = ", ".join(difflib.get_close_matches(key, known, n=4, cutoff=0.5)) or "none"
@@ -225,14 +226,24 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 def _check_arguments(path: str, node: DictConfig) -> None:
     try:
-        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        known = _argument_names(get_object(node["_target_"]))
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{path}._target_ must be an importable name, got {node['_target_']!r}") from error
-    except TypeError:  # a class that hides its signature
-        return
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if known is None:
         return
     for key in map(str, node):
-        if key not in parameters and key not in _RESERVED:
-            close = ", ".join(difflib.get_close_matches(key, list(parameters), n=3)) or "none"
+        if key not in known and key not in _RESERVED:
+            close = ", ".join(difflib.get_close_matches(key, known, n=3)) or "none"
             raise InputError(f"{path}.{key} is not an argument of {node['_target_']}; close matches: {close}")
+
+
+def _argument_names(target: Any) -> set[str] | None:
+    """Return the arguments that a callable takes, those that it hands to its base classes too; None for any."""
+    names: set[str] = set()
+    classes = target.__mro__ if inspect.isclass(target) else ()
+    for callable_ in [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)] or [target]:
+        parameters = inspect.signature(callable_).parameters.values()
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return names
+    return None

@@ -50,6 +50,8 @@ def fitting_devices(accelerator: str, devices: Any, *, num_gpus: int) -> Any:
         return devices
     if num_gpus == 0:
         raise InputError("trainer wants a GPU and this machine shows none; use trainer=lightning_cpu or trainer=auto")
+    if isinstance(devices, int) and devices > num_gpus:
+        raise InputError(f"trainer.devices must be at most the {num_gpus} GPUs of this machine, got {devices}")
     missing = [number for number in devices if number >= num_gpus] if not isinstance(devices, int | str) else []
     if missing:
         raise InputError(f"trainer.devices must name GPUs 0 to {num_gpus - 1} of this machine, got {list(devices)}")

@@ -161,22 +161,18 @@ class ClassificationDataModule(LightningDataModule):
         files = self._find_split_files(root)
         filtered = self.include_filter is not None or self.exclude_filter is not None
         fixed = read_split_files(root, files, known=known, filtered=filtered)
-        by_folder = {path: split for path, (_, split) in found.items() if split and path not in fixed}
-        fixed |= {path: split for path, split in by_folder.items() if split not in files}
-        named = set(files) | set(by_folder.values())
-        pool = {path: name for path, (name, _) in found.items()}
-        if by_folder and not files:
-            # split folders: what is missing is drawn from training, never from the folder kept for the end
-            named.discard("train")
-            fixed = {path: split for path, split in fixed.items() if split != "train"}
-        return draw_splits(
+        # a val or test folder is kept for its purpose; what they leave open is drawn from the train folder
+        kept = {path: split for path, (_, split) in found.items() if split not in ("", "train") and path not in fixed}
+        fixed |= {path: split for path, split in kept.items() if split not in files}
+        pool = {path: name for path, (name, _) in found.items() if path not in fixed and path not in kept}
+        drawn = draw_splits(
             pool,
             seed=self.seed,
             val_size=self.val_size,
             test_size=self.test_size,
-            fixed=fixed,
-            named=named,
+            given={*files, *kept.values()},
         )
+        return fixed | drawn
 
     def _find_split_files(self, root: Path) -> dict[str, Path]:
         given = {split: Path(file).expanduser() for split, file in self.split_files.items() if file is not None}

@@ -98,7 +98,6 @@ class SSLDataModule(ClassificationDataModule):
             seed=self.seed,
             val_size=QUERY_SHARE,
             test_size=0,
-            fixed={},
         )
         asked = np.array([drawn[path] == "val" for path in val.paths])
         return val.take(np.flatnonzero(~asked)), val.take(np.flatnonzero(asked))

@@ -20,10 +20,13 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        if image.mode.startswith("I"):  # PIL clips 16 bits to 255; scale them
-            deep = np.asarray(image, dtype=np.float64)
-            return np.repeat((deep / 257).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # PIL clips 16 bits to 255; scale them
+        deep = np.asarray(upright, dtype=np.float64)
+        return np.repeat((deep / 257).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if upright.mode == "P" and "transparency" in upright.info:  # PIL warns unless it goes by way of RGBA
+        upright = upright.convert("RGBA")
+    return np.asarray(upright.convert("RGB"))
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:

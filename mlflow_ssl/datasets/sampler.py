@@ -39,6 +39,7 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         """Yield epoch and index of each image."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
         for index in order[self.rank : len(self) * self.world_size : self.world_size]:
-            yield self.epoch, int(index)
+            yield epoch, int(index)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from mlflow_ssl.errors import InputError
@@ -19,8 +20,7 @@ def draw_splits(
     seed: int,
     val_size: float,
     test_size: float,
-    fixed: Mapping[str, str],
-    named: Iterable[str] = (),
+    given: Iterable[str] = (),
 ) -> dict[str, str]:
     """Give every image a split: stratified, and the same on every machine.
 
@@ -28,40 +28,43 @@ def draw_splits(
     neither the file system nor any library's random numbers, and an image that joins the folder moves few others.
 
     Args:
-        classes: relative path to class name.
+        classes: relative path to class name, of the images to draw from.
         seed: another seed, another draw.
-        val_size: share of the images left to draw from, in [0, 1).
-        test_size: likewise; the two together stay below 1.
-        fixed: paths whose split is given already.
-        named: splits that were given, by file or folder; nothing more is drawn into them. Where ``train`` is one,
-            the rest is divided between the others in the ratio of their sizes.
+        val_size: share of these images that validates, in [0, 1).
+        test_size: share of them that tests; the two together stay below 1.
+        given: splits that are given, by file or folder; nothing is drawn into them. Where ``train`` is one, the
+            images are divided between the others in the ratio of their sizes.
 
     Returns:
-        Relative path to ``train``, ``val`` or ``test``, or to nothing where every split was given without it.
+        Relative path to ``train``, ``val`` or ``test``; nothing where no split is left to draw into.
 
     Raises:
         InputError: if a size is out of range.
     """
     _check_sizes(val_size, test_size)
-    shares = _shares(val_size, test_size, set(named))
+    shares = _shares(val_size, test_size, set(given))
     members: dict[str, list[str]] = defaultdict(list)
     for path, name in classes.items():
-        if path not in fixed:
-            members[name].append(path)
-    drawn, small = dict(fixed), []
+        members[name].append(path)
+    drawn: dict[str, str] = {}
+    small = []
     for name, paths in sorted(members.items()):
-        counts = _counts(len(paths), shares)
-        if "train" in shares and any(count == 0 and shares[split] > 0 for split, count in counts.items()):
-            small.append(name)
-            counts = {"train": len(paths)}
-        order = sorted(paths, key=lambda path: _hash(seed, path))
-        start = 0
-        for split, count in counts.items():
-            drawn |= dict.fromkeys(order[start : start + count], split)
-            start += count
+        dealt = _deal(paths, shares, seed=seed)
+        if "train" in shares and not {split for split, share in shares.items() if share > 0} <= set(dealt.values()):
+            small.append(name or "images without a class")
+        drawn |= dealt
     if small:
         log.warning("classes with too few images for every split go to training whole: %s", ", ".join(small))
     return drawn
+
+
+def _deal(paths: Sequence[str], shares: Mapping[str, float], *, seed: int) -> dict[str, str]:
+    """Deal the images of one class; where there are too few for each split to get one, all go to ``train``."""
+    counts = _counts(len(paths), shares)
+    if "train" in shares and any(count == 0 and shares[split] > 0 for split, count in counts.items()):
+        return dict.fromkeys(paths, "train")
+    order = iter(sorted(paths, key=lambda path: _hash(seed, path)))
+    return {path: split for split, count in counts.items() for path in islice(order, count)}
 
 
 def _check_sizes(val_size: float, test_size: float) -> None:
@@ -72,15 +75,12 @@ def _check_sizes(val_size: float, test_size: float) -> None:
         raise InputError(f"datamodule.val_size + test_size must leave images to train on, got {val_size} + {test_size}")
 
 
-def _shares(val_size: float, test_size: float, named: set[str]) -> dict[str, float]:
-    """Return the share of the undrawn images that each open split gets; they sum to 1, or there is none."""
-    shares = {"test": test_size, "val": val_size, "train": 1 - val_size - test_size}
-    shares = {split: share for split, share in shares.items() if split not in named}
+def _shares(val_size: float, test_size: float, given: set[str]) -> dict[str, float]:
+    """Return the share of the images that each open split gets; they sum to 1, or there is none."""
+    shares = {split: share for split, share in (("test", test_size), ("val", val_size)) if split not in given}
     total = sum(shares.values())
-    if "train" in shares:
-        # a given split is out of the pool: the other sizes are shares of what is left
-        shares["train"] = 1 - sum(share for split, share in shares.items() if split != "train")
-        return shares
+    if "train" not in given:
+        return shares | {"train": 1 - total}
     return {split: share / total for split, share in shares.items()} if total > 0 else {}
 
 
@@ -130,7 +130,8 @@ def read_split_files(
 
 
 def _read_lines(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    # a name in another encoding is refused as a missing file, with the line that it is in
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 

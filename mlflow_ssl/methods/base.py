@@ -48,16 +48,13 @@ class SSLMethod(LightningModule):
         """Lay the weights out as the images will be."""
         self.to(memory_format=self.memory_format)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lay the images out as the weights are; a batch is ``(images or tuple of views, labels)``."""
-        images, labels = batch
-        if isinstance(images, Tensor):
-            return images.contiguous(memory_format=self.memory_format), labels
-        return tuple(view.contiguous(memory_format=self.memory_format) for view in images), labels
+    def lay_out(self, images: Tensor) -> Tensor:
+        """Return images ``(B, C, H, W)`` in the memory format of the weights."""
+        return images.contiguous(memory_format=self.memory_format)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""
-        return self.online.backbone(images).float()  # type: ignore[operator, no-any-return]
+        return self.online.backbone(self.lay_out(images)).float()  # type: ignore[operator, no-any-return]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the embeddings of a batch; callbacks make metrics of them."""

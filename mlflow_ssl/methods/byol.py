@@ -47,7 +47,8 @@ class BYOL(SSLMethod):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch ``((view_1, view_2), labels)``: both directions summed, mean over images."""
-        (view_1, view_2), _ = batch
+        views, _ = batch
+        view_1, view_2 = map(self.lay_out, views)
         loss = (self._bootstrap(view_1, view_2) + self._bootstrap(view_2, view_1)).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss

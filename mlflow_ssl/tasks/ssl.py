@@ -106,12 +106,14 @@ BYOL = SSL
 
 
 def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback], output: Path) -> Trainer:
+    logger = MLflowLogger(run)
     trainer: Trainer = build(
         config.trainer,
-        logger=MLflowLogger(run),
+        logger=logger,
         callbacks=list(callbacks.values()),
         default_root_dir=str(output),
     )
+    logger.optimizer_steps = lambda: trainer.global_step
     return trainer
 
 

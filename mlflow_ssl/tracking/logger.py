@@ -1,7 +1,7 @@
 """Lightning's metrics in an open run."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlflow.entities import Metric
@@ -20,11 +20,16 @@ class MLflowLogger(Logger):
 
     Args:
         run: the open run.
+
+    Attributes:
+        optimizer_steps: says how many optimizer steps are done: the step that metrics are logged at. Lightning's own
+            count is one behind it during an epoch.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__()
         self._run = run
+        self.optimizer_steps: Callable[[], int] = int
         self._waiting: list[Metric] = []
         self._sent: list[Any] = []
         self._flushed = time.monotonic()
@@ -45,9 +50,9 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Keep metrics of an optimizer step, and send what has gathered if a second has passed."""
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, float(value), now, step or 0) for key, value in metrics.items()]
+        """Keep metrics of this moment, and send what has gathered if a second has passed."""
+        now, done = int(time.time() * 1000), self.optimizer_steps()
+        self._waiting += [Metric(key, float(value), now, done) for key, value in metrics.items()]
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 

@@ -1,9 +1,11 @@
 """The exported network in MLflow's model registry."""
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,20 +42,37 @@ def register_network(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 3, *card.input_size))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, card.embedding_size))]),
     )
-    info = mlflow.pytorch.log_model(
-        traced(network, torch.from_numpy(example).repeat(2, 1, 1, 1)),
-        name="model",
-        signature=signature,
-        input_example=example,
-        pip_requirements=requirements(),
-        metadata=dataclasses.asdict(card),
-        # of a TorchScript network this writes the plain archive, which loads without unpickling
-        serialization_format="pickle",
-    )
+    with _without_advice():
+        info = mlflow.pytorch.log_model(
+            traced(network, torch.from_numpy(example).repeat(2, 1, 1, 1)),
+            name="model",
+            signature=signature,
+            input_example=example,
+            pip_requirements=requirements(),
+            metadata=dataclasses.asdict(card),
+            # of a TorchScript network this writes the plain archive, which loads without unpickling
+            serialization_format="pickle",
+        )
     mlflow.set_logged_model_tags(info.model_id, dict(tags))
     registered = mlflow.register_model(f"models:/{info.model_id}", name, tags=dict(tags))
     log.info("registered %s version %s in %.1f s", name, registered.version, time.monotonic() - began)
     return str(registered.version)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what MLflow says about pickles, of which there is none here, and about the environment."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.pytorch", "mlflow.utils.environment")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*(torch\.jit\.load|TorchScript archive)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def requirements() -> list[str]:

@@ -1,0 +1,54 @@
+"""What the tests share: made-up images and a fresh tracking store."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an empty SQLite store; migrating one takes seconds, copying it does not."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments(max_results=1)
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch):
+    """Give the test a tracking store of its own, and an empty current folder beside it."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path / "here"
+    folder.mkdir()
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    return MlflowClient()
+
+
+def write_images(root: Path, counts: Mapping[str, int], *, size: int = 24, seed: int = 0) -> Path:
+    """Write noise with a brightness of its own for each class: ``counts`` images below ``root / class``."""
+    rng = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in range(count):
+            pixels = rng.integers(0, 100, (size, size, 3)) + 155 * number // max(len(counts) - 1, 1)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image:03d}.png")
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes class folders: ``image_folder({"a": 3, "b": 2})``."""
+
+    def make(counts: Mapping[str, int], *, size: int = 24, seed: int = 0, name: str = "images") -> Path:
+        return write_images(tmp_path / name, counts, size=size, seed=seed)
+
+    return make

@@ -1,0 +1,142 @@
+"""Configs compose, build, and refuse what they do not know."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from mlflow_ssl.config import build, compose_config, config_folder, options, resolve
+from mlflow_ssl.errors import InputError
+
+GROUPS = sorted(folder.name for folder in config_folder().iterdir() if folder.is_dir())
+OPTIONS = [f"{group}={option}" for group in GROUPS for option in sorted(options(group))]
+
+
+def composed(*words):
+    return resolve(compose_config(["data_path=/data", "trainer.accelerator=cpu", *words]))
+
+
+def test_the_groups_are_the_tutorials():
+    named = (
+        "core datamodule backbone model optimizer scheduler transforms loss task trainer callbacks export experiment"
+    )
+    assert set(named.split()) <= set(GROUPS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_config_composes(option):
+    alone = [] if option.startswith("experiment=") else ["~experiment"]
+    named = ["backbone.model_name=resnet18"] if option == "backbone=timm" else []
+    config = composed(option, *alone, *named)
+    assert OmegaConf.missing_keys(config) == set()
+
+
+@pytest.mark.parametrize("option", sorted(options("experiment")))
+def test_every_experiment_builds_a_method_and_its_data(option):
+    config = composed(f"experiment={option}", "model.channels_last=false", "backbone.image_size=[32,32]")
+    method = build(config.model)
+    assert method.online.backbone.num_features > 0
+    assert build(config.datamodule).batch_size == config.datamodule.batch_size
+
+
+@pytest.mark.parametrize("option", [option for option in options("backbone") if option != "timm"])
+def test_every_backbone_file_names_a_timm_network(option):
+    import timm
+
+    assert composed("experiment=base/ssl/byol", f"backbone={option}").backbone.model_name in timm.list_models()
+
+
+@pytest.mark.parametrize("option", sorted(options("optimizer")))
+def test_every_optimizer_builds(option):
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = build(composed("experiment=base/ssl/byol", f"optimizer={option}").optimizer)([parameter])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "lr", "decay", "tau"),
+    [
+        ("byol_40", 40, 0.45, 1e-6, 0.97),
+        ("byol_100", 100, 0.45, 1e-6, 0.99),
+        ("byol_300", 300, 0.3, 1e-6, 0.99),
+        ("byol_1000", 1000, 0.2, 1.5e-6, 0.996),
+        ("byol_small_batch", 1000, 0.4, 1.5e-6, 0.9995),
+    ],
+)
+def test_presets_are_the_papers(preset, epochs, lr, decay, tau):
+    config = composed(f"experiment=paper/{preset}")
+    found = (config.trainer.max_epochs, config.optimizer.lr, config.optimizer.weight_decay, config.model.base_tau)
+    assert found == (epochs, lr, decay, tau)
+
+
+def test_the_learning_rate_of_the_command_line_reaches_schedule_and_optimizer():
+    config = composed("experiment=base/ssl/byol", "optimizer.lr=0.1")
+    assert (config.optimizer.lr, config.scheduler.init_lr) == (0.1, 0.1)
+
+
+def test_a_users_experiment_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    file = tmp_path / "configs" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ndefaults:\n  - base/ssl/byol\n  - _self_\ncore:\n  name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert composed("experiment=mine").core.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=byoll"], "experiment has no option 'byoll'; close matches: byol"),
+        (["backbone=resnet19"], "backbone has no option 'resnet19'; close matches: resnet18.*backbone=timm"),
+        (["trainer.max_epoch=3"], "no config key is named 'trainer.max_epoch'; close matches: trainer.max_epochs"),
+        (["optimiser=lars"], "no config key is named 'optimiser'; close matches: optimizer"),
+        (["+trainer.max_epoch=3"], "trainer.max_epoch is not an argument of pytorch_lightning.Trainer.*max_epochs"),
+        (["core.seed=-1"], "core.seed is wrong: .* got -1"),
+        (["+core.sed=1"], "core.sed is wrong"),
+        (["export.types=[torchscrip]"], "export.types.0 is wrong"),
+        (["core.tag=${nowhere}"], "cannot resolve the config"),
+        (["a=b=[c"], "cannot read the override"),
+        (["+callbacks.new={_target_: mlflow_ssl.nothing}"], "callbacks.new._target_ must be an importable name"),
+        (["experiment=base/ssl/byol"], "datamodule.data_path must be given; add data_path=VALUE"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(words, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(compose_config(words))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_typo_in_a_users_file_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "configs" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ndefaults:\n  - byol\n  - _self_\ndatamodule:\n  batchsize: 3\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"datamodule.batchsize is not an argument of .*SSLDataModule.*batch_size"):
+        composed("experiment=mine")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "configs" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ncore: [")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot compose the config"):
+        composed("experiment=mine")
+
+
+def test_a_part_that_refuses_its_arguments_is_one_line():
+    with pytest.raises(InputError, match=r"refuses its arguments"):
+        build(OmegaConf.create({"_target_": "albumentations.Resize", "height": -1, "width": "x"}))
+
+
+def test_the_resolved_config_composes_to_itself():
+    config = composed("experiment=byol")
+    again = yaml.safe_load(OmegaConf.to_yaml(config))
+    assert OmegaConf.to_container(resolve(OmegaConf.create(again))) == OmegaConf.to_container(config)
+
+
+def test_shipped_configs_are_found_beside_the_package():
+    assert (config_folder() / "config.yaml").is_file()
+    assert isinstance(config_folder(), Path)
