@@ -32,6 +32,7 @@ class MLflowLogger(Logger):
         self.optimizer_steps: Callable[[], int] = int
         self._waiting: list[Metric] = []
         self._sent: list[Any] = []
+        self._last: dict[str, tuple[int, float]] = {}
         self._flushed = time.monotonic()
 
     @property
@@ -52,7 +53,11 @@ class MLflowLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Keep metrics of this moment, and send what has gathered if a second has passed."""
         now, done = int(time.time() * 1000), self.optimizer_steps()
-        self._waiting += [Metric(key, float(value), now, done) for key, value in metrics.items()]
+        for key, value in metrics.items():
+            # Lightning says the epoch with everything; a store refuses a batch that holds the same thing twice
+            if self._last.get(key) != (done, value):
+                self._last[key] = (done, value)
+                self._waiting.append(Metric(key, float(value), now, done))
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 

@@ -7,7 +7,7 @@ import pytest
 from mlflow_ssl.cli import main
 from mlflow_ssl.config import compose_config, config_folder, resolve
 
-# whole trainings earn Lightning's advice on loaders and MLflow's on type hints; unit tests are where warnings are errors
+# whole trainings earn Lightning's advice on loaders and MLflow's on type hints; warnings are errors in unit tests
 pytestmark = pytest.mark.filterwarnings("default")
 
 HERE = Path(__file__).parent
