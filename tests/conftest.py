@@ -14,9 +14,11 @@ def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty SQLite store; migrating one takes seconds, copying it does not."""
     from mlflow import MlflowClient
 
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments(max_results=1)
-    return file
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where the default experiment keeps its artifacts
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments(max_results=1)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -52,3 +54,11 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return write_images(tmp_path / name, counts, size=size, seed=seed)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep the embedded digits out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,6 +1,7 @@
 """What a whole training leaves in its output folder and in MLflow."""
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -156,6 +157,14 @@ def test_the_registered_model_predicts_as_pyfunc(trained):
     with torch.no_grad():
         expected = backbone_of(trained)((torch.from_numpy(images) - 0.5) / 0.5).numpy()
     np.testing.assert_allclose(model.predict(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_readmes_code_loads_the_network():
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["embeddings"].shape == (4, 512)
 
 
 def test_the_version_says_how_good_it_is_and_on_which_data(trained):
