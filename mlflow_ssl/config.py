@@ -144,7 +144,7 @@ def quote(value: str) -> str:
     """
     try:
         parsed = OverridesParser.create().parse_override(f"key={value}")
-    except OverrideParseException:
+    except HydraException:
         return quote_text(value)
     return quote_text(value) if parsed.is_sweep_override() else value
 

@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -151,15 +152,23 @@ def export_network(network: DeploymentNetwork, card: ModelCard, *, types: Sequen
     """
     scratch = folder.with_name(folder.name + ".part")
     scratch.mkdir(parents=True)
+    try:
+        _write_all(network, card, types, scratch)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+    log.info("exported %s to %s", ", ".join(types), folder)
+
+
+def _write_all(network: DeploymentNetwork, card: ModelCard, types: Sequence[str], folder: Path) -> None:
     example = torch.rand(2, 3, *card.input_size, generator=torch.Generator().manual_seed(0))
     for kind in types:
         name, write = WRITERS[kind]
-        exported = write(network, example, scratch / name)
+        exported = write(network, example, folder / name)
         if exported is not None:
             _check_same(network, exported, example, kind)
-    (scratch / "model.json").write_text(json.dumps(asdict(card), indent=2) + "\n")
-    scratch.rename(folder)
-    log.info("exported %s to %s", ", ".join(types), folder)
+    (folder / "model.json").write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
 @torch.no_grad()

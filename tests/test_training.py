@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -289,6 +291,24 @@ def test_bf16_training_gives_float32_metrics_and_export(store, image_folder):
     assert train(image_folder({"a": 20, "b": 20}), "trainer.precision=bf16-mixed") == 0
     network = mlflow.pytorch.load_model("models:/byol/1")
     assert network(torch.rand(2, 3, 16, 16)).dtype == torch.float32
+
+
+def test_two_processes_train_into_one_run_and_one_version(store, image_folder):
+    words = [*SMALL, f"data_path={image_folder({'a': 20, 'b': 20})}", "trainer.devices=2", "trainer.strategy=ddp"]
+    subprocess.run([sys.executable, "-m", "mlflow_ssl", *words], check=True, timeout=300)
+    run = only_run(store)
+    assert run.info.status == "FINISHED"
+    assert [version.version for version in store.search_model_versions("name='byol'")] == [1]
+    # 24 to 28 training images in batches of 8 over two processes
+    assert [point.step for point in store.get_metric_history(run.info.run_id, "val_acc")] == [0, 4]
+    assert {path.name for path in (only_output() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_what_auto_chose_is_named_in_the_log(store, image_folder):
+    words = ["trainer=auto", "trainer.precision=auto", "trainer.limit_train_batches=1"]
+    assert train(image_folder({"a": 20, "b": 20}), *words) == 0
+    assert "trainer on this machine: " in (only_output() / "main.log").read_text()
+    assert only_run(store).data.params["trainer.precision"] in {"bf16-mixed", "16-mixed", "32-true"}
 
 
 def test_other_data_than_the_demonstrations_are_told_what_was_made_for_it(store, image_folder):

@@ -22,13 +22,16 @@ class StepMetrics(Callback):
         self._marks.clear()
         self._marks.append((time.perf_counter(), 0))
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the rate that this step will use; after the step the schedule has moved on."""
+        pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log rate and speed."""
+        """Log the speed."""
         _, labels = batch
         self._marks.append((time.perf_counter(), len(labels) * trainer.world_size))
         seconds = self._marks[-1][0] - self._marks[0][0]
         images = sum(count for _, count in list(self._marks)[1:])
         pl_module.log("train/images_per_second", images / max(seconds, 1e-9))
-        pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mlflow_ssl.datasets import EpochSampler, ImageDataset
 from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
 from mlflow_ssl.datasets.index import BadImage, ImageIndex, read_contents, scan
-from mlflow_ssl.datasets.splits import SPLITS, draw_splits, read_split_files
+from mlflow_ssl.datasets.splits import SPLITS, check_sizes, draw_splits, read_split_files
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,9 @@ class ClassificationDataModule(LightningDataModule):
     """Images by class, divided into training, validation and test.
 
     Splits come, in this order, from split files, from folders named ``train``, ``val`` and ``test`` that hold the class
-    folders, and from a stratified draw of what is left. ``train.txt``, ``val.txt`` and ``test.txt`` in the data folder
-    are taken for split files where no others are given.
+    folders, and from a stratified draw of what is left: of folder ``train`` where there is one, never of ``val`` or
+    ``test``. ``train.txt``, ``val.txt`` and ``test.txt`` in the data folder are taken for split files where no others
+    are given.
 
     Args:
         data_path: the data folder, or ``embedded:digits``.
@@ -114,12 +115,17 @@ class ClassificationDataModule(LightningDataModule):
         self._check_choices()
         root = self.root
         found = scan(root, include=self.include_filter, exclude=self.exclude_filter)
-        contents, self.bad_images = read_contents(root, list(found))
+        files = self._find_split_files(root)
+        filtered = self.include_filter is not None or self.exclude_filter is not None
+        listed = read_split_files(root, files, known=found, filtered=filtered)
+        contents, self.bad_images = read_contents(root, list(found))  # last, since it takes longest
         self._judge_bad_images(len(found))
-        splits = self._split(root, {path: found[path] for path in found if path in contents}, known=found)
-        paths = sorted(path for path in splits if path in contents)
-        if not any(splits[path] == "train" for path in paths):
+        splits = self._split({path: found[path] for path in found if path in contents}, listed, given=set(files))
+        paths = sorted(splits)
+        if "train" not in splits.values():
             raise InputError("the training split is empty; check datamodule.train_split_file, val_size and test_size")
+        if len(paths) < len(contents):
+            log.info("%d of %d images are in no split", len(contents) - len(paths), len(contents))
         self.class_to_idx = self._number_classes({found[path][0] for path in paths})
         return ImageIndex(
             pa.table(
@@ -141,6 +147,7 @@ class ClassificationDataModule(LightningDataModule):
             raise InputError(f"datamodule.batch_size must be at least 2, got {self.batch_size}")
         if self.num_workers < 0:
             raise InputError(f"datamodule.num_workers must be 0 or more, got {self.num_workers}")
+        check_sizes(self.val_size, self.test_size)
 
     def _judge_bad_images(self, num_images: int) -> None:
         if len(self.bad_images) == num_images:
@@ -157,20 +164,19 @@ class ClassificationDataModule(LightningDataModule):
             "skipping %d of %d images, which cannot be decoded: %s ...", len(self.bad_images), num_images, first.path
         )
 
-    def _split(self, root: Path, found: Mapping[str, tuple[str, str]], known: Mapping[str, object]) -> dict[str, str]:
-        files = self._find_split_files(root)
-        filtered = self.include_filter is not None or self.exclude_filter is not None
-        fixed = read_split_files(root, files, known=known, filtered=filtered)
-        # a val or test folder is kept for its purpose; what they leave open is drawn from the train folder
-        kept = {path: split for path, (_, split) in found.items() if split not in ("", "train") and path not in fixed}
-        fixed |= {path: split for path, split in kept.items() if split not in files}
-        pool = {path: name for path, (name, _) in found.items() if path not in fixed and path not in kept}
+    def _split(
+        self, found: Mapping[str, tuple[str, str]], listed: Mapping[str, str], *, given: set[str]
+    ) -> dict[str, str]:
+        fixed = {path: split for path, split in listed.items() if path in found}
+        # a val or test folder is kept for its purpose: where a file names that split instead, the rest is in none
+        kept = {path: split for path, (_, split) in found.items() if split in ("val", "test") and path not in fixed}
+        fixed |= {path: split for path, split in kept.items() if split not in given}
         drawn = draw_splits(
-            pool,
+            {path: name for path, (name, _) in found.items() if path not in fixed and path not in kept},
             seed=self.seed,
             val_size=self.val_size,
             test_size=self.test_size,
-            given={*files, *kept.values()},
+            given={*given, *kept.values()},
         )
         return fixed | drawn
 
@@ -236,6 +242,8 @@ class ClassificationDataModule(LightningDataModule):
     def _train_loader(self, dataset: Any) -> DataLoader[Any]:
         rank, world_size = _position()
         sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size)
+        if self.trainer is not None:  # after a resume, Lightning starts the workers before it sets the epoch
+            sampler.set_epoch(self.trainer.current_epoch)
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"datamodule.batch_size must be at most the training split's {len(sampler)} images, "
@@ -255,6 +263,8 @@ class ClassificationDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # its own: without workers a loader takes a number of the shared one every epoch, with them only once
+            generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )
 

@@ -1,6 +1,6 @@
 """The same folder for self-supervised training."""
 
-import logging
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mlflow_ssl.datamodules.classification import ClassificationDataModule
-from mlflow_ssl.datasets import TwoAugmentationDataset
+from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
-from mlflow_ssl.datasets.splits import draw_splits
-
-log = logging.getLogger(__name__)
+from mlflow_ssl.datasets.splits import deal
+from mlflow_ssl.errors import InputError
 
 QUERY_SHARE = 0.3
 """Share of the validation split that is asked where the split also has to be the bank."""
@@ -46,6 +45,12 @@ class SSLDataModule(ClassificationDataModule):
         self.augmentation_dataset = augmentation_dataset
         self.split_validation = split_validation
 
+    def _check_choices(self) -> None:
+        super()._check_choices()
+        views: object = self.augmentation_dataset
+        if views is None:  # as in the tutorial's base config
+            raise InputError("datamodule.augmentation_dataset must be a TwoAugmentationDataset, got null")
+
     @property
     def bank(self) -> ImageIndex:
         """The labelled images that neighbours are looked for among."""
@@ -66,7 +71,10 @@ class SSLDataModule(ClassificationDataModule):
         bank, queries = self._bank_and_queries()
         self._datasets["bank"] = self._image_dataset(bank, self.val_transform)
         self._datasets["val"] = self._image_dataset(queries, self.val_transform)
-        self.augmentation_dataset.dataset = self._datasets["train"]
+        train = self.index.split("train")
+        self.augmentation_dataset.dataset = ImageDataset(
+            self.root, train, transform=self.train_transform, seed=self.seed, pixels=True
+        )
         self.augmentation_dataset.seed = self.seed
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -93,18 +101,17 @@ class SSLDataModule(ClassificationDataModule):
             return train, val
         if not self.split_validation or _num_classes(val) < 2:
             return nothing, nothing
-        drawn = draw_splits(
-            {path: str(label) for path, label in zip(val.paths, val.labels, strict=True)},
-            seed=self.seed,
-            val_size=QUERY_SHARE,
-            test_size=0,
-        )
+        paths, drawn = np.array(val.paths), dict[str, str]()
+        for label in np.unique(val.labels):
+            shares = {"val": QUERY_SHARE, "train": 1 - QUERY_SHARE}
+            drawn |= deal(paths[val.labels == label].tolist(), shares, seed=self.seed)
         asked = np.array([drawn[path] == "val" for path in val.paths])
         return val.take(np.flatnonzero(~asked)), val.take(np.flatnonzero(asked))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the images that the views are drawn from."""
-        views = TwoAugmentationDataset(self.augmentation_dataset.transform, seed=self.augmentation_dataset.seed)
+        views = copy.copy(self.augmentation_dataset)
+        views.dataset = None
         return super().__getstate__() | {"augmentation_dataset": views}
 
 

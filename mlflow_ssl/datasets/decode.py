@@ -14,6 +14,8 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff"
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """Return the picture as RGB, shape ``(H, W, 3)``, values 0..255, upright by its EXIF orientation.
 
+    PIL's arrays are read-only, so no transform can change what the other view is drawn from.
+
     Raises:
         OSError: if the bytes are not a whole image.
         ValueError: likewise, from some of PIL's readers.
@@ -23,7 +25,7 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
         upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # PIL clips 16 bits to 255; scale them
         deep = np.asarray(upright, dtype=np.float64)
-        return np.repeat((deep / 257).round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        upright = Image.fromarray((deep / 257).round().clip(0, 255).astype(np.uint8))
     if upright.mode == "P" and "transparency" in upright.info:  # PIL warns unless it goes by way of RGBA
         upright = upright.convert("RGBA")
     return np.asarray(upright.convert("RGB"))

@@ -17,14 +17,19 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     Args:
         root: folder that the paths of the index are relative to.
         index: the rows.
-        transform: albumentations transform; None gives RGB pixels as they are, ``(H, W, 3)`` of uint8.
+        transform: albumentations transform; None leaves the picture as it is.
         seed: seed of a random transform.
+        pixels: give what the transform gives, for another transform to take: RGB pixels ``(H, W, 3)`` of uint8 where
+            there is none. Otherwise it becomes a float32 tensor ``(3, H, W)``.
     """
 
-    def __init__(self, root: Path, index: ImageIndex, *, transform: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self, root: Path, index: ImageIndex, *, transform: Any = None, seed: int = 0, pixels: bool = False
+    ) -> None:
         self.root = root
         self.transform = transform
         self.seed = seed
+        self.pixels = pixels
         # Arrow and numpy, not lists: forked workers share them instead of copying them
         self._paths = index.table["path"].combine_chunks()
         self._labels = index.labels
@@ -38,6 +43,6 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image = read_image(self.root / self._paths[index].as_py())
         label = int(self._labels[index])
-        if self.transform is None:
-            return image, label
-        return to_tensor(apply(self.transform, image, draw=(self.seed, epoch, index, 0))), label
+        if self.transform is not None:
+            image = apply(self.transform, image, draw=(self.seed, epoch, index, 0))
+        return image if self.pixels else to_tensor(image), label

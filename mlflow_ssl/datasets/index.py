@@ -24,7 +24,7 @@ from mlflow_ssl.errors import InputError
 log = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""First folders that are taken for splits rather than classes, where ``train`` is among them."""
+"""First folders, in either case, that are taken for splits rather than classes where ``train`` is among them."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def scan(
         name is empty where no folder does.
 
     Raises:
-        InputError: if the folder is missing or holds no image.
+        InputError: if the folder is missing or holds no image, or if a test folder lies beside class folders.
     """
     if not root.is_dir():
         raise InputError(f"datamodule.data_path must be an existing folder, got {root}")
@@ -110,7 +110,14 @@ def scan(
         raise InputError(
             f"datamodule.include_filter={include} and exclude_filter={exclude} leave none of {len(found)} images"
         )
+    _check_names(kept)
     return _name_classes(kept)
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    for path in paths:
+        if path != path.encode(errors="replace").decode():
+            raise InputError(f"file names must be UTF-8, got {os.fsencode(path)!r}; rename the file")
 
 
 def _image_files(root: Path) -> Iterator[str]:
@@ -129,23 +136,39 @@ def _image_files(root: Path) -> Iterator[str]:
 
 
 def _name_classes(paths: list[str]) -> dict[str, tuple[str, str]]:
-    folders = {parts[0] for parts in map(_parts, paths) if len(parts) > 1}
-    if "train" in folders and folders <= SPLIT_FOLDERS.keys():
-        return {
-            path: (parts[1] if len(parts) > 2 else "", SPLIT_FOLDERS.get(parts[0], ""))
-            for path, parts in ((path, _parts(path)) for path in paths)
-        }
-    loose = [path for path in paths if "/" not in path]
-    if folders and loose:
-        log.warning(
-            "%d images lie beside the class folders, in none of them, and are left out: %s ...", len(loose), loose[0]
-        )
-        paths = [path for path in paths if "/" in path]
-    return {path: (_parts(path)[0] if folders else "", "") for path in paths}
+    above = {path: list(PurePosixPath(path).parts[:-1]) for path in paths}
+    first = {folders[0] for folders in above.values() if folders}
+    has_splits = "train" in map(str.lower, first) and all(name.lower() in SPLIT_FOLDERS for name in first)
+    if not has_splits:
+        _refuse_stray_splits(first, {(folders[0], folders[1]) for folders in above.values() if len(folders) > 1})
+    named = {}
+    for path, folders in above.items():
+        split = SPLIT_FOLDERS[folders.pop(0).lower()] if has_splits and folders else ""
+        named[path] = (folders[0] if folders else "", split)
+    return _without_loose(named, with_folders={""} if has_splits else set())
 
 
-def _parts(path: str) -> tuple[str, ...]:
-    return PurePosixPath(path).parts
+def _refuse_stray_splits(first: set[str], second: set[tuple[str, str]]) -> None:
+    """Refuse a test folder that would be taken for a class, and so be trained on."""
+    splits = {name for name in first if name.lower() in SPLIT_FOLDERS}
+    for stray in sorted(splits):
+        beside = first | {inner for outer, inner in second if outer in splits - {stray}}
+        if stray.lower() != "train" and any(outer == stray and inner in beside for outer, inner in second):
+            raise InputError(
+                "datamodule.data_path must hold class folders or split folders, train among them, got "
+                f"{stray}/ with classes of its own beside {', '.join(sorted(first - {stray}))}; move the others below "
+                f"train/, or set datamodule.exclude_filter=[{stray}/]"
+            )
+
+
+def _without_loose(named: dict[str, tuple[str, str]], *, with_folders: set[str]) -> dict[str, tuple[str, str]]:
+    with_folders = with_folders | {split for name, split in named.values() if name}
+    if "train" in with_folders:  # without a class there is no telling whether they are recognized
+        with_folders |= {"val", "test"}
+    loose = {path for path, (name, split) in named.items() if not name and split in with_folders}
+    if loose:
+        log.warning("%d images lie beside folders, in none of them, and are left out: %s ...", len(loose), min(loose))
+    return {path: names for path, names in named.items() if path not in loose}
 
 
 def read_contents(root: Path, paths: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[BadImage]]:

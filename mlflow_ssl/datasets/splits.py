@@ -41,7 +41,7 @@ def draw_splits(
     Raises:
         InputError: if a size is out of range.
     """
-    _check_sizes(val_size, test_size)
+    check_sizes(val_size, test_size)
     shares = _shares(val_size, test_size, set(given))
     members: dict[str, list[str]] = defaultdict(list)
     for path, name in classes.items():
@@ -49,7 +49,7 @@ def draw_splits(
     drawn: dict[str, str] = {}
     small = []
     for name, paths in sorted(members.items()):
-        dealt = _deal(paths, shares, seed=seed)
+        dealt = deal(paths, shares, seed=seed)
         if "train" in shares and not {split for split, share in shares.items() if share > 0} <= set(dealt.values()):
             small.append(name or "images without a class")
         drawn |= dealt
@@ -58,8 +58,17 @@ def draw_splits(
     return drawn
 
 
-def _deal(paths: Sequence[str], shares: Mapping[str, float], *, seed: int) -> dict[str, str]:
-    """Deal the images of one class; where there are too few for each split to get one, all go to ``train``."""
+def deal(paths: Sequence[str], shares: Mapping[str, float], *, seed: int) -> dict[str, str]:
+    """Deal the images of one class; where there are too few for each split to get one, all go to ``train``.
+
+    Args:
+        paths: relative paths, in any order.
+        shares: split to its share; they sum to 1.
+        seed: another seed, another deal.
+
+    Returns:
+        Relative path to split.
+    """
     counts = _counts(len(paths), shares)
     if "train" in shares and any(count == 0 and shares[split] > 0 for split, count in counts.items()):
         return dict.fromkeys(paths, "train")
@@ -67,7 +76,12 @@ def _deal(paths: Sequence[str], shares: Mapping[str, float], *, seed: int) -> di
     return {path: split for split, count in counts.items() for path in islice(order, count)}
 
 
-def _check_sizes(val_size: float, test_size: float) -> None:
+def check_sizes(val_size: float, test_size: float) -> None:
+    """Refuse shares that are out of range, or that leave nothing to train on.
+
+    Raises:
+        InputError: naming them.
+    """
     for name, size in (("val_size", val_size), ("test_size", test_size)):
         if not 0 <= size < 1:
             raise InputError(f"datamodule.{name} must be in [0, 1), got {size}")

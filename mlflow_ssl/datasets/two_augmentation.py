@@ -42,7 +42,7 @@ class TwoAugmentationDataset(Dataset[Views]):
         """Return ``((view_1, view_2), label)``, views of shape ``(C, H, W)``; a bare index means epoch 0."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, label = self._source[(epoch, index)]
-        if isinstance(image, Tensor):  # the datamodule's train_transform has made it one
+        if isinstance(image, Tensor):  # the datamodule's train_transform ends with ToTensorV2
             image = image.permute(1, 2, 0).numpy()
         view_1, view_2 = (
             to_tensor(apply(transform, image, draw=(self.seed, epoch, index, view)))

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.tracking.run import is_first_process
 
 _SHARED = "MLFLOW_SSL_OUTPUT_DIR"
 """Tells the other processes of a distributed training where the first one writes."""
@@ -25,7 +26,7 @@ def open_output(core: DictConfig) -> Iterator[Path]:
     Raises:
         InputError: if the folder is there already and holds something, or cannot be made.
     """
-    shared = os.environ.get(_SHARED) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+    shared = None if is_first_process() else os.environ.get(_SHARED)
     folder = Path(shared or core.output_dir).expanduser().resolve()
     if not shared:
         _make_empty(folder)

@@ -47,16 +47,16 @@ class SSL:
         self.unresolved = config
         self.overrides = list(overrides)
 
-    def run(self) -> Outcome:
-        """Train, test, export and register; return what came of it.
+    def run(self) -> Outcome | None:
+        """Train, test, export and register; return what came of it, in the first process.
 
         Raises:
             InputError: for a mistake in config, data or tracking store, before any training.
         """
         began = time.monotonic()
-        settle(self.unresolved)
         config = resolve(self.unresolved)
         with open_output(config.core) as output:
+            settle(config)
             datamodule: SSLDataModule = build(config.datamodule)
             fit_to_data(config, datamodule)
             with tracked_run(_plain(config), main_log=output / "main.log") as run:
@@ -74,6 +74,8 @@ class SSL:
 
                 metrics = _summarized(untrained, val_acc, tested)
                 version = _deploy(config, method, datamodule, run, metrics, output)
+            if version is None:
+                return None
             outcome = Outcome(
                 metrics=metrics,
                 name=config.registry.name,
@@ -86,6 +88,7 @@ class SSL:
             log.info("%s", closing_words(outcome))
         return outcome
 
+    @rank_zero_only
     def _describe(self, run: Run, config: DictConfig, datamodule: SSLDataModule, output: Path) -> None:
         """Put config, packages and data on record: in the output folder first, then in MLflow."""
         write_record(self.unresolved, config, self.overrides, output)
@@ -139,7 +142,7 @@ def _deploy(
     run: Run,
     metrics: dict[str, float],
     output: Path,
-) -> str:
+) -> str | None:
     """Export the network, send checkpoints and exports to MLflow, register, and return the version."""
     transforms = config.transforms
     network = DeploymentNetwork(method.online.backbone, transforms.mean, transforms.std)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import mlflow
@@ -18,6 +18,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from pytorch_lightning.utilities import rank_zero_only
 
 from mlflow_ssl.errors import InputError, Interrupted
 from mlflow_ssl.tracking.params import loggable_params
@@ -33,6 +34,8 @@ BATCH = 100
 class Run:
     """An open run: what a training says goes through here.
 
+    In a distributed training only the first process talks to MLflow; the others' runs say nothing.
+
     Args:
         client: of the tracking store.
         run_id: of the run.
@@ -44,6 +47,7 @@ class Run:
         self.run_id = run_id
         self.experiment_id = experiment_id
 
+    @rank_zero_only
     def log_params(self, config: Mapping[str, Any]) -> None:
         """Log every leaf of a resolved config under its dotted key, but for those that the launcher has logged."""
         known = self.client.get_run(self.run_id).data.params
@@ -51,23 +55,28 @@ class Run:
         for start in range(0, len(params), BATCH):
             self.client.log_batch(self.run_id, params=params[start : start + BATCH])
 
+    @rank_zero_only
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics at once; a training's own come batched, through `MLflowLogger`."""
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
 
+    @rank_zero_only
     def log_file(self, file: Path, folder: str | None = None) -> None:
         """Upload a file."""
         self.client.log_artifact(self.run_id, str(file), folder)
 
+    @rank_zero_only
     def log_folder(self, path: Path, folder: str) -> None:
         """Upload a folder's contents."""
         self.client.log_artifacts(self.run_id, str(path), folder)
 
+    @rank_zero_only
     def log_dataset(self, *, name: str, source: str, digest: str) -> None:
         """Log the data set as the run's input."""
         from mlflow.data.meta_dataset import MetaDataset
@@ -104,6 +113,9 @@ def tracked_run(config: Mapping[str, Any], *, main_log: Path) -> Iterator[Run]:
     Raises:
         InputError: if the tracking store does not answer or refuses.
     """
+    if not is_first_process():
+        yield Run(cast(MlflowClient, None), run_id="", experiment_id="")
+        return
     run = _open_run(config)
     status, reason = "FINISHED", ""
     try:
@@ -122,6 +134,11 @@ def tracked_run(config: Mapping[str, Any], *, main_log: Path) -> Iterator[Run]:
             run.log_file(main_log)
         finally:
             mlflow.end_run(status)
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that talks to MLflow and writes the output folder."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def end_launched_run(run_id: str, *, status: str, reason: str) -> None:

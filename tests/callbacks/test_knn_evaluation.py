@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from tiny import fit, labelled, pairs, quiet_trainer, tiny_method
+
+from mlflow_ssl.callbacks import KNNEvaluation
+from mlflow_ssl.evaluation import linear_accuracy
+
+K, TEMPERATURE = 3, 0.5
+
+
+def embedded(method, loader):
+    """Return clean embeddings and labels of a loader."""
+    method.eval()
+    with torch.no_grad():
+        parts = [(method.online.backbone(images), labels) for images, labels in loader]
+    return torch.cat([e for e, _ in parts]), torch.cat([label for _, label in parts])
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def accuracies_by_hand(method, bank, queries):
+    """Return the accuracy by majority and by weighted vote, in plain Python."""
+    (bank, labels), (queries, truth) = embedded(method, bank), embedded(method, queries)
+    right = [0, 0]
+    for query, true in zip(queries.tolist(), truth.tolist(), strict=True):
+        near = sorted((-cosine(query, entry), c) for entry, c in zip(bank.tolist(), labels.tolist(), strict=True))[:K]
+        for number, vote in enumerate((lambda s: 1, lambda s: math.exp(s / TEMPERATURE))):
+            votes = [sum(vote(-s) for s, c in near if c == which) for which in range(3)]
+            right[number] += votes.index(max(votes)) == true
+    return [count / len(truth) for count in right]
+
+
+@pytest.fixture
+def loaders():
+    return labelled(5, seed=1), labelled(4, seed=2)
+
+
+def evaluation():
+    return KNNEvaluation(num_neighbours=K, temperature=TEMPERATURE)
+
+
+def test_val_acc_is_the_accuracy_by_hand(loaders):
+    method = tiny_method()
+    (metrics, *_) = quiet_trainer(callbacks=[evaluation()]).validate(method, list(loaders), verbose=False)
+    majority, weighted = accuracies_by_hand(method, *loaders)
+    assert 0 < majority < 1
+    assert metrics["val_acc"] == pytest.approx(majority)
+    assert metrics["val_acc_weighted"] == pytest.approx(weighted)
+
+
+def test_val_acc_after_a_training_is_of_the_trained_backbone_in_evaluation_mode(loaders):
+    method = tiny_method()
+    trainer = fit(method, pairs(4), list(loaders), max_epochs=1, callbacks=[evaluation()])
+    majority, weighted = accuracies_by_hand(method, *loaders)
+    assert trainer.callback_metrics["val_acc"].item() == pytest.approx(majority)
+    assert trainer.callback_metrics["val_acc_weighted"].item() == pytest.approx(weighted)
+
+
+def test_bf16_training_is_validated(loaders):
+    trainer = fit(
+        tiny_method(), pairs(2), list(loaders), max_epochs=1, precision="bf16-mixed", callbacks=[evaluation()]
+    )
+    assert 0 <= trainer.callback_metrics["val_acc"] <= 1
+
+
+def test_the_test_gives_neighbours_and_linear_classifier(loaders):
+    method = tiny_method()
+    (metrics, *_) = quiet_trainer(callbacks=[evaluation()]).test(method, list(loaders), verbose=False)
+    majority, weighted = accuracies_by_hand(method, *loaders)
+    linear = linear_accuracy(*embedded(method, loaders[0]), *embedded(method, loaders[1]))
+    assert metrics == pytest.approx({"test_acc": majority, "test_acc_weighted": weighted, "test_acc_linear": linear})
+
+
+def test_each_validation_begins_anew(loaders):
+    trainer = quiet_trainer(callbacks=[evaluation()])
+    method = tiny_method()
+    first, second = (trainer.validate(method, list(loaders), verbose=False) for _ in range(2))
+    assert first == second
+
+
+class Validations(Callback):
+    def __init__(self):
+        self.epochs = []
+
+    def on_validation_start(self, trainer, pl_module):
+        self.epochs.append(trainer.current_epoch + 1)
+
+
+@pytest.mark.parametrize(("every", "validated"), [(2, [2, 4, 5]), (5, [5]), (10, [5]), (1, [1, 2, 3, 4, 5])])
+def test_the_last_epoch_is_validated_whatever_the_interval_divides(every, validated, loaders):
+    validations = Validations()
+    fit(
+        tiny_method(),
+        pairs(1),
+        list(loaders),
+        max_epochs=5,
+        check_val_every_n_epoch=every,
+        callbacks=[evaluation(), validations],
+    )
+    assert validations.epochs == validated

@@ -1,0 +1,82 @@
+import io
+import logging
+import re
+import sys
+
+import pytest
+from tiny import fit, labelled, pairs, tiny_method
+
+from mlflow_ssl.callbacks import KNNEvaluation, Progress
+from mlflow_ssl.callbacks.progress import clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def train(caplog, monkeypatch):
+    """Return a function that trains two epochs of two steps and returns the lines logged and what stderr got."""
+
+    def train(progress, stderr):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        callbacks = [KNNEvaluation(num_neighbours=1), progress]
+        with caplog.at_level(logging.INFO, logger="mlflow_ssl.callbacks.progress"):
+            fit(
+                tiny_method(),
+                pairs(2),
+                [labelled(1), labelled(1)],
+                max_epochs=2,
+                enable_progress_bar=True,
+                callbacks=callbacks,
+            )
+        lines = [r.getMessage() for r in caplog.records if r.name == "mlflow_ssl.callbacks.progress"]
+        return lines, stderr.getvalue()
+
+    return train
+
+
+def test_without_a_terminal_each_line_says_epoch_loss_step_and_time_left(train):
+    (first, *_, last), drawn = train(Progress(every_seconds=0), io.StringIO())
+    assert re.fullmatch(r"epoch 1/2  loss \d\.\d{3}  step 1/4  0:00:\d\d left", first)
+    assert re.fullmatch(r"epoch 2/2  loss \d\.\d{3}  val_acc [01]\.\d{3}  step 4/4  0:00:00 left", last)
+    assert drawn == ""
+
+
+def test_a_line_is_written_only_when_one_is_due(train):
+    assert train(Progress(every_seconds=3600), io.StringIO()) == ([], "")
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_a_disabled_progress_shows_nothing(stderr, train):
+    progress = Progress(every_seconds=0)
+    progress.disable()
+    assert train(progress, stderr()) == ([], "")
+
+
+def test_a_terminal_gets_a_bar_that_ends_full_and_no_lines(train, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    lines, drawn = train(Progress(), Terminal())
+    assert lines == []
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).splitlines()[-1]
+    assert "epoch 2/2" in last
+    assert "4/4" in last
+
+
+def test_a_terminal_is_given_back_when_a_training_fails(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    method = tiny_method(loss=lambda prediction, projection: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(method, pairs(1), max_epochs=1, enable_progress_bar=True, callbacks=[Progress()])
+    hide, show = "\x1b[?25l", "\x1b[?25h"  # the cursor
+    assert sys.stderr.getvalue().rfind(show) > sys.stderr.getvalue().rfind(hide) >= 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (360000, "100:00:00")]
+)
+def test_clock_is_hours_minutes_and_seconds(seconds, text):
+    assert clock(seconds) == text

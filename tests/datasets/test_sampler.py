@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
+
+from mlflow_ssl.datasets.sampler import EpochSampler
+
+
+@settings(deadline=None)
+@given(num_images=st.integers(0, 200), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
+def test_an_epoch_has_every_image_once_with_its_epoch(num_images, seed, epoch):
+    sampler = EpochSampler(num_images, seed=seed)
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert sorted(keys) == [(epoch, index) for index in range(num_images)]
+    assert len(sampler) == num_images
+    assert all(type(index) is int for _, index in keys)
+
+
+def order(seed, epoch):
+    sampler = EpochSampler(50, seed=seed)
+    sampler.set_epoch(epoch)
+    return [index for _, index in sampler]
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for number, a in enumerate(orders) for b in orders[:number])
+    assert order(0, 1) == orders[1]
+    assert list(range(50)) not in orders
+
+
+def test_the_order_depends_on_nothing_drawn_elsewhere():
+    sampler = EpochSampler(50, seed=3)
+    first = list(sampler)
+    np.random.default_rng(0).random()
+    assert list(sampler) == first
+
+
+@pytest.mark.parametrize(("num_images", "world_size"), [(12, 3), (13, 3), (14, 3), (5, 8)])
+def test_processes_share_an_epoch_in_equal_disjoint_parts(num_images, world_size):
+    parts = [list(EpochSampler(num_images, seed=7, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {num_images // world_size}
+    assert {len(EpochSampler(num_images, seed=7, world_size=world_size))} == {num_images // world_size}
+    together = [key for part in parts for key in part]
+    assert len(set(together)) == len(together) == num_images // world_size * world_size
+
+
+def test_what_is_left_over_changes_from_epoch_to_epoch():
+    dropped = set()
+    for epoch in range(20):
+        samplers = [EpochSampler(7, seed=0, rank=rank, world_size=2) for rank in range(2)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        dropped |= set(range(7)) - {index for sampler in samplers for _, index in sampler}
+    assert len(dropped) > 3
+
+
+def test_an_epoch_that_was_begun_keeps_its_number():
+    sampler = EpochSampler(10, seed=0)
+    keys = iter(sampler)
+    next(keys)
+    sampler.set_epoch(1)
+    assert {epoch for epoch, _ in keys} == {0}
+
+
+def test_batches_of_keys_are_lists_of_pairs():
+    batches = list(BatchSampler(EpochSampler(5, seed=0), batch_size=2, drop_last=False))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert all(isinstance(key, tuple) for batch in batches for key in batch)

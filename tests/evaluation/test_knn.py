@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from mlflow_ssl.evaluation import knn_predict
+from mlflow_ssl.evaluation.knn import accuracy
+
+
+def random_data(num_bank=60, num_queries=25, dim=8, num_classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    bank = torch.randn(num_bank, dim, generator=generator)
+    labels = torch.randint(num_classes, (num_bank,), generator=generator)
+    return torch.randn(num_queries, dim, generator=generator), bank, labels
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def votes_by_hand(queries, bank, labels, k, temperature):
+    """Return the weighted winner of each query, in plain Python."""
+    winners = []
+    for query in queries.tolist():
+        nearest = sorted(((cosine(query, entry), c) for entry, c in zip(bank.tolist(), labels.tolist(), strict=True)))
+        votes = {}
+        for similarity, c in nearest[-k:]:
+            votes[c] = votes.get(c, 0) + math.exp(similarity / temperature)
+        winners.append(min(votes, key=lambda c: (-votes[c], c)))
+    return winners
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 60])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_majority_is_scikit_learns(k, seed):
+    queries, bank, labels = random_data(seed=seed)
+    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(bank.numpy(), labels.numpy())
+    assert knn_predict(queries, bank, labels, num_neighbours=k).majority.tolist() == peer.predict(queries).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_weighted_vote_is_the_formula(k, temperature):
+    queries, bank, labels = random_data()
+    got = knn_predict(queries, bank, labels, num_neighbours=k, temperature=temperature).weighted
+    assert got.tolist() == votes_by_hand(queries, bank, labels, k, temperature)
+
+
+def test_a_bank_entry_finds_itself():
+    _, bank, labels = random_data()
+    for predicted in knn_predict(bank, bank, labels, num_neighbours=1):
+        assert predicted.equal(labels)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_the_order_of_the_bank_is_irrelevant(seed):
+    queries, bank, labels = random_data()
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))
+    expected = knn_predict(queries, bank, labels, num_neighbours=7)
+    for a, b in zip(knn_predict(queries, bank[order], labels[order], num_neighbours=7), expected, strict=True):
+        assert a.equal(b)
+
+
+@settings(deadline=None)
+@given(scale=st.floats(1e-3, 1e3))
+def test_the_length_of_an_embedding_is_irrelevant(scale):
+    queries, bank, labels = random_data()
+    stretched = bank.clone()
+    stretched[::2] *= scale
+    expected = knn_predict(queries, bank, labels, num_neighbours=7)
+    for a, b in zip(knn_predict(scale * queries, stretched, labels, num_neighbours=7), expected, strict=True):
+        assert a.equal(b)
+
+
+def at_angles(*degrees):
+    return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+
+@pytest.mark.parametrize(("temperature", "winner"), [(0.01, 0), (10.0, 1)])
+def test_the_temperature_flips_a_vote(temperature, winner):
+    # one neighbour of class 0 at 5 degrees, two of class 1 at 40
+    bank, labels = at_angles(5, 40, -40), torch.tensor([0, 1, 1])
+    votes = knn_predict(at_angles(0), bank, labels, num_neighbours=3, temperature=temperature)
+    assert votes.weighted.item() == winner
+    assert votes.majority.item() == 1
+
+
+def test_a_tiny_temperature_does_not_overflow():
+    votes = knn_predict(
+        at_angles(0), at_angles(5, 40, -40), torch.tensor([0, 1, 1]), num_neighbours=3, temperature=1e-6
+    )
+    assert votes.weighted.item() == 0
+
+
+@pytest.mark.parametrize("labels", [[2, 1], [1, 2]])
+def test_a_draw_goes_to_the_smaller_class(labels):
+    bank = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    for predicted in knn_predict(torch.tensor([[1.0, 0.0]]), bank, torch.tensor(labels), num_neighbours=2):
+        assert predicted.item() == 1
+
+
+def test_half_precision_queries_equal_their_float32_conversion():
+    queries, bank, labels = random_data()
+    half = queries.bfloat16()
+    expected = knn_predict(half.float(), bank, labels, num_neighbours=5)
+    for a, b in zip(knn_predict(half, bank, labels, num_neighbours=5), expected, strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 25, 1000])
+def test_the_chunk_size_is_irrelevant(chunk_size):
+    queries, bank, labels = random_data()
+    expected = knn_predict(queries, bank, labels, num_neighbours=5)
+    for a, b in zip(knn_predict(queries, bank, labels, num_neighbours=5, chunk_size=chunk_size), expected, strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("k", [0, 61])
+def test_more_neighbours_than_the_bank_has_are_refused(k):
+    queries, bank, labels = random_data()
+    with pytest.raises(ValueError, match=f"num_neighbours must be between 1 and the bank size 60, got {k}"):
+        knn_predict(queries, bank, labels, num_neighbours=k)
+
+
+def test_predictions_carry_no_gradient():
+    queries, bank, labels = random_data()
+    assert not knn_predict(queries.requires_grad_(), bank, labels, num_neighbours=5).weighted.requires_grad
+
+
+def test_accuracy_is_the_share_that_is_equal():
+    assert accuracy(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])) == pytest.approx(2 / 3)
