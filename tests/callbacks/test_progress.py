@@ -2,6 +2,8 @@ import io
 import logging
 import re
 import sys
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from tiny import fit, labelled, pairs, tiny_method
@@ -19,7 +21,7 @@ class Terminal(io.StringIO):
 def train(caplog, monkeypatch):
     """Return a function that trains two epochs of two steps and returns the lines logged and what stderr got."""
 
-    def train(progress, stderr):
+    def train(progress, stderr, ckpt_path=None):
         monkeypatch.setattr(sys, "stderr", stderr)
         callbacks = [KNNEvaluation(num_neighbours=1), progress]
         with caplog.at_level(logging.INFO, logger="mlflow_ssl.callbacks.progress"):
@@ -27,6 +29,7 @@ def train(caplog, monkeypatch):
                 tiny_method(),
                 pairs(2),
                 [labelled(1), labelled(1)],
+                ckpt_path=ckpt_path,
                 max_epochs=2,
                 enable_progress_bar=True,
                 callbacks=callbacks,
@@ -42,6 +45,26 @@ def test_without_a_terminal_each_line_says_epoch_loss_step_and_time_left(train):
     assert re.fullmatch(r"epoch 1/2  loss \d\.\d{3}  step 1/4  0:00:\d\d left", first)
     assert re.fullmatch(r"epoch 2/2  loss \d\.\d{3}  val_acc [01]\.\d{3}  step 4/4  0:00:00 left", last)
     assert drawn == ""
+
+
+def set_slow_clock(monkeypatch):
+    """Let ten seconds pass between two looks at the clock."""
+    ticks = count(0.0, 10.0)
+    slow = SimpleNamespace(monotonic=lambda: next(ticks))
+    monkeypatch.setattr("mlflow_ssl.callbacks.progress.time", slow)
+
+
+def test_the_time_left_is_that_of_the_steps_left(train, monkeypatch):
+    set_slow_clock(monkeypatch)
+    lines, _ = train(Progress(every_seconds=0), io.StringIO())
+    assert [line.split("  ")[-1] for line in lines] == [f"0:00:{seconds:02d} left" for seconds in (30, 20, 10, 0)]
+
+
+def test_the_time_left_after_a_resume_is_by_the_steps_since(train, monkeypatch, tmp_path):
+    fit(tiny_method(), pairs(2), max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    set_slow_clock(monkeypatch)
+    lines, _ = train(Progress(every_seconds=0), io.StringIO(), ckpt_path=tmp_path / "half.ckpt")
+    assert [line.split("  ")[-1] for line in lines] == ["0:00:10 left", "0:00:00 left"]
 
 
 def test_a_line_is_written_only_when_one_is_due(train):

@@ -566,7 +566,7 @@ def test_a_dump_holds_the_data_folder_once_and_else_relative_paths(module, tmp_p
     joblib.dump(datamodule, tmp_path / "datamodule.joblib")
     data = (tmp_path / "datamodule.joblib").read_bytes()
     assert b"a/000.png" in data
-    assert data.count(str(tmp_path / "images").encode()) == 1
+    assert data.count(tmp_path.name.encode()) == 1  # a path is pickled in parts
 
 
 def test_a_dump_holds_no_trainer(module, tmp_path):

@@ -332,7 +332,7 @@ def test_a_dump_holds_neither_trainer_nor_other_absolute_paths_than_the_data_fol
     data = (tmp_path / "datamodule.joblib").read_bytes()
     assert len(data) < 10**5
     assert b"a/000.png" in data
-    assert data.count(str(tmp_path / "images").encode()) == 1
+    assert data.count(tmp_path.name.encode()) == 1  # a path is pickled in parts
 
 
 def test_dumping_leaves_the_datamodule_at_work(module, tmp_path):

@@ -184,6 +184,11 @@ def test_scan_refuses_a_test_folder_that_would_be_taken_for_a_class(tmp_path, pa
         scan(tmp_path)
 
 
+def test_scan_takes_train_for_a_class_beside_other_classes(tmp_path):
+    touch(tmp_path, "train/bus/1.png", "bus/2.png")
+    assert scan(tmp_path) == {"bus/2.png": ("bus", ""), "train/bus/1.png": ("train", "")}
+
+
 def test_scan_refuses_a_name_that_is_not_unicode(tmp_path):
     touch(tmp_path, "a/1.png")
     name = os.fsdecode(b"caf\xe9.png")

@@ -119,6 +119,12 @@ def test_small_classes_are_no_warning_where_nothing_else_is_drawn(caplog):
     assert not caplog.records
 
 
+def test_small_classes_are_no_warning_where_training_is_given(caplog):
+    drawn = draw_splits(images({"a": 1}), seed=0, val_size=0.2, test_size=0.2, given=["train"])
+    assert set(drawn.values()) <= {"val", "test"}
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("given_splits", "val_size", "test_size", "expected"),
     [

@@ -91,10 +91,10 @@ def test_the_temperature_flips_a_vote(temperature, winner):
 
 
 def test_a_tiny_temperature_does_not_overflow():
-    votes = knn_predict(
-        at_angles(0), at_angles(5, 40, -40), torch.tensor([0, 1, 1]), num_neighbours=3, temperature=1e-6
-    )
-    assert votes.weighted.item() == 0
+    # infinite weights would make a draw of it, which class 0 wins
+    bank, labels = at_angles(5, 40, -40), torch.tensor([1, 0, 0])
+    votes = knn_predict(at_angles(0), bank, labels, num_neighbours=3, temperature=1e-6)
+    assert votes.weighted.item() == 1
 
 
 @pytest.mark.parametrize("labels", [[2, 1], [1, 2]])
@@ -125,11 +125,6 @@ def test_more_neighbours_than_the_bank_has_are_refused(k):
     queries, bank, labels = random_data()
     with pytest.raises(ValueError, match=f"num_neighbours must be between 1 and the bank size 60, got {k}"):
         knn_predict(queries, bank, labels, num_neighbours=k)
-
-
-def test_predictions_carry_no_gradient():
-    queries, bank, labels = random_data()
-    assert not knn_predict(queries.requires_grad_(), bank, labels, num_neighbours=5).weighted.requires_grad
 
 
 def test_accuracy_is_the_share_that_is_equal():
