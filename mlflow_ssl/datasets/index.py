@@ -140,7 +140,7 @@ def _name_classes(paths: list[str]) -> dict[str, tuple[str, str]]:
     first = {folders[0] for folders in above.values() if folders}
     has_splits = "train" in map(str.lower, first) and all(name.lower() in SPLIT_FOLDERS for name in first)
     if not has_splits:
-        _refuse_stray_splits(first, {(folders[0], folders[1]) for folders in above.values() if len(folders) > 1})
+        _refuse_stray_splits(first)
     named = {}
     for path, folders in above.items():
         split = SPLIT_FOLDERS[folders.pop(0).lower()] if has_splits and folders else ""
@@ -148,17 +148,18 @@ def _name_classes(paths: list[str]) -> dict[str, tuple[str, str]]:
     return _without_loose(named, with_folders={""} if has_splits else set())
 
 
-def _refuse_stray_splits(first: set[str], second: set[tuple[str, str]]) -> None:
-    """Refuse a test folder that would be taken for a class, and so be trained on."""
-    splits = {name for name in first if name.lower() in SPLIT_FOLDERS}
-    for stray in sorted(splits):
-        beside = first | {inner for outer, inner in second if outer in splits - {stray}}
-        if stray.lower() != "train" and any(outer == stray and inner in beside for outer, inner in second):
-            raise InputError(
-                "datamodule.data_path must hold class folders or split folders, train among them, got "
-                f"{stray}/ with classes of its own beside {', '.join(sorted(first - {stray}))}; move the others below "
-                f"train/, or set datamodule.exclude_filter=[{stray}/]"
-            )
+def _refuse_stray_splits(first: set[str]) -> None:
+    """Refuse a test folder that would be taken for a class, and so be trained on.
+
+    ``train`` and ``valid`` are names that a class may well have.
+    """
+    stray = sorted(name for name in first if name.lower() in ("test", "val", "validation"))
+    if stray:
+        raise InputError(
+            "datamodule.data_path must hold class folders, or split folders with train among them, got "
+            f"{', '.join(sorted(first))}; move the classes below train/, rename {stray[0]}/, or leave it out with "
+            f"datamodule.exclude_filter=[{stray[0]}/]"
+        )
 
 
 def _without_loose(named: dict[str, tuple[str, str]], *, with_folders: set[str]) -> dict[str, tuple[str, str]]:
