@@ -102,7 +102,9 @@ def build(node: DictConfig, **arguments: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, InputError):
             raise cause from error
-        if isinstance(cause, ValueError | TypeError):
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+        if isinstance(cause, ValueError | TypeError | MisconfigurationException):
             target = node.get("_target_", "config")
             raise InputError(f"{target} refuses its arguments: {' '.join(str(cause).split())}") from error
         raise

@@ -55,6 +55,7 @@ MISTAKES = {
     ),
     "an image that cannot be decoded": ([], broken, "a/broken.png"),
     "another normalization": (["transforms.normalize.mean=[0,0,0]"], None, "val_transform must normalize by"),
+    "a precision that does not exist": (["trainer.precision=17"], None, "Trainer refuses its arguments"),
     "an occupied output folder": (["core.output_dir=."], None, "core.output_dir must be new or empty"),
     "weights that are not there": (
         ["backbone.checkpoint_path=no.pth"],

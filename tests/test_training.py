@@ -215,7 +215,8 @@ def test_the_next_training_can_start_from_the_registered_network(trained):
 
 
 def test_the_end_of_the_log_says_where_to_look_and_how_to_load(trained):
-    log = (trained.output / "main.log").read_text()
+    log = mlflow.artifacts.load_text(f"runs:/{trained.run.info.run_id}/main.log")
+    assert log in (trained.output / "main.log").read_text()
     assert f"/#/experiments/{trained.run.info.experiment_id}/runs/{trained.run.info.run_id}" in log
     assert 'network = mlflow.pytorch.load_model("models:/byol/1")' in log
     assert "(untrained) -> " in log
@@ -285,6 +286,14 @@ def test_a_last_batch_of_one_image_trains(store, image_folder):
 
 def test_no_more_epochs_than_warm_up_epochs_trains(store, image_folder):
     assert train(image_folder({"a": 20, "b": 20}), "scheduler.warmup_epochs=2") == 0
+
+
+def test_a_version_knows_its_val_acc_whatever_it_was_chosen_by(store, image_folder):
+    words = ["callbacks.model_checkpoint.monitor=train/loss", "callbacks.model_checkpoint.mode=min"]
+    assert train(image_folder({"a": 20, "b": 20}), *words, "trainer.check_val_every_n_epoch=1") == 0
+    curve = store.get_metric_history(only_run(store).info.run_id, "val_acc")
+    found = float(store.get_model_version("byol", "1").tags["val_acc"])
+    assert any(found == pytest.approx(point.value, abs=1e-5) for point in curve[1:])
 
 
 def test_bf16_training_gives_float32_metrics_and_export(store, image_folder):

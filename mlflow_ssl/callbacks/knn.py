@@ -26,6 +26,15 @@ class KNNEvaluation(Callback):
         self.num_neighbours = num_neighbours
         self.temperature = temperature
         self._embeddings = Embeddings()
+        self._val_acc: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Have each checkpoint know its own ``val_acc``, whatever metric it was chosen by."""
+        return {"val_acc": self._val_acc}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._val_acc = state_dict["val_acc"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides."""
@@ -59,7 +68,8 @@ class KNNEvaluation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation split."""
         bank, labels, queries, truth = self._embeddings.take()
-        self._log_votes(pl_module, "val_acc", bank, labels, queries, truth)
+        if not trainer.sanity_checking:  # a few batches are no bank
+            self._val_acc = self._log_votes(pl_module, "val_acc", bank, labels, queries, truth)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the test split, of neighbours and of a linear classifier."""
@@ -69,7 +79,9 @@ class KNNEvaluation(Callback):
 
     def _log_votes(
         self, pl_module: LightningModule, name: str, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor
-    ) -> None:
+    ) -> float:
         votes = knn_predict(queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature)
-        pl_module.log(name, accuracy(votes.majority, truth), prog_bar=True)
+        majority = accuracy(votes.majority, truth)
+        pl_module.log(name, majority, prog_bar=True)
         pl_module.log(f"{name}_weighted", accuracy(votes.weighted, truth))
+        return majority

@@ -25,8 +25,8 @@ class ClassificationDataModule(LightningDataModule):
 
     Splits come, in this order, from split files, from folders named ``train``, ``val`` and ``test`` that hold the class
     folders, and from a stratified draw of what is left: of folder ``train`` where there is one, never of ``val`` or
-    ``test``. ``train.txt``, ``val.txt`` and ``test.txt`` in the data folder are taken for split files where no others
-    are given.
+    ``test``. A ``train.txt``, ``val.txt`` or ``test.txt`` in the data folder is that split's file unless another is
+    given.
 
     Args:
         data_path: the data folder, or ``embedded:digits``.
@@ -188,10 +188,9 @@ class ClassificationDataModule(LightningDataModule):
             for split, file in given.items()
         }
         lying = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
-        if given or not lying:
-            return given
-        log.info("taking the splits from %s", ", ".join(str(file) for file in lying.values()))
-        return lying
+        if lying.keys() - given.keys():
+            log.info("taking splits from files in the data folder: %s", ", ".join(sorted(lying.keys() - given.keys())))
+        return lying | given
 
     def _number_classes(self, names: set[str]) -> dict[str, int]:
         names = names - {""}

@@ -35,7 +35,8 @@ def open_output(core: DictConfig) -> Iterator[Path]:
     if not shared:
         handlers.append((logging.getLogger("mlflow_ssl"), _console_handler()))
     logging.getLogger("mlflow_ssl").setLevel(core.log_level.upper())
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "mlflow.system_metrics"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     for logger, handler in handlers:
         logger.addHandler(handler)

@@ -69,23 +69,23 @@ class SSL:
 
                 untrained = _merged(trainer.validate(method, datamodule, verbose=False))
                 trainer.fit(method, datamodule)
-                val_acc = _take_best(method, trainer, callbacks.get("model_checkpoint"), output / "checkpoints")
+                val_acc = _take_best(method, trainer, callbacks, output / "checkpoints")
                 tested = _merged(trainer.test(method, datamodule, verbose=False))
 
                 metrics = _summarized(untrained, val_acc, tested)
                 version = _deploy(config, method, datamodule, run, metrics, output)
-            if version is None:
-                return None
-            outcome = Outcome(
-                metrics=metrics,
-                name=config.registry.name,
-                version=version,
-                link=run.link,
-                ui_command=run.ui_command,
-                output=output,
-                seconds=time.monotonic() - began,
-            )
-            log.info("%s", closing_words(outcome))
+                if version is None:
+                    return None
+                outcome = Outcome(
+                    metrics=metrics,
+                    name=config.registry.name,
+                    version=version,
+                    link=run.link,
+                    ui_command=run.ui_command,
+                    output=output,
+                    seconds=time.monotonic() - began,
+                )
+                log.info("%s", closing_words(outcome))
         return outcome
 
     @rank_zero_only
@@ -120,18 +120,20 @@ def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback],
     return trainer
 
 
-def _take_best(method: SSLMethod, trainer: Trainer, best: Any, folder: Path) -> float | None:
-    """Save the last checkpoint, give ``method`` the best one's weights, and return its score.
+def _take_best(method: SSLMethod, trainer: Trainer, callbacks: dict[str, Any], folder: Path) -> float | None:
+    """Save the last checkpoint, give ``method`` the best one's weights, and return its ``val_acc``.
 
     Without a choice the last is the best.
     """
     trainer.save_checkpoint(folder / "last.ckpt")
+    best, knn = callbacks.get("model_checkpoint"), callbacks.get("knn")
     if best is None or not best.best_model_path:
         return None
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     method.load_state_dict(checkpoint["state_dict"])
     log.info("best checkpoint: step %d, %s %.4f", checkpoint["global_step"], best.monitor, best.best_model_score)
-    return float(best.best_model_score)
+    val_acc: float | None = checkpoint["callbacks"][knn.state_key]["val_acc"] if knn else None
+    return val_acc
 
 
 @rank_zero_only

@@ -90,7 +90,8 @@ class Run:
         """Address of the run in the MLflow UI; for a local store, that of a server started on it."""
         uri = self.client.tracking_uri
         server = uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        # the UI opens in its view of language models otherwise
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
     @property
     def ui_command(self) -> str | None:

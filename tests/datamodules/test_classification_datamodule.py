@@ -219,11 +219,13 @@ def test_three_files_name_all_that_is_used(module, tmp_path):
     assert splits(datamodule) == expected  # relative to the data folder, as the tutorial's
 
 
-def test_files_in_the_folder_are_taken_where_none_is_given(module, tmp_path):
+def test_a_file_in_the_folder_is_its_splits_unless_another_is_given(module, tmp_path):
     lying = write_split(tmp_path / "images", "test.txt", ["a/000.png"])
     assert of(module(), "test") == lying
     given = write_split(tmp_path, "mine.txt", ["a/001.png", "b/001.png"])
     assert of(module(test_split_file=str(tmp_path / "mine.txt")), "test") == given
+    # the images kept for the test stay out of training whatever else is given
+    assert of(module(val_split_file=str(tmp_path / "mine.txt")), "test") == lying
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_no_combination_of_sizes_trains_on_the_test_folder(folders):
 def test_a_test_folder_beside_class_folders_is_refused(image_folder):
     image_folder({"a": 3, "b": 3}, name="data")
     root = image_folder({"a": 3, "b": 3}, name="data/test").parent
-    with pytest.raises(InputError, match=r"got test/ with classes of its own beside a, b; .*exclude_filter=\[test/\]"):
+    with pytest.raises(InputError, match=r"got a, b, test; .*exclude_filter=\[test/\]"):
         _ = ClassificationDataModule(str(root)).index
     assert len(ClassificationDataModule(str(root), exclude_filter=["test/"]).index) == 6
 

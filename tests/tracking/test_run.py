@@ -59,7 +59,7 @@ def test_system_metrics_are_logged_when_asked_for(store, main_log, monkeypatch):
 
 def test_the_link_of_a_server_is_the_servers_and_of_a_file_that_of_a_ui(store):
     run = Run(store, "r", "1")
-    assert run.link == "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    assert run.link == "http://127.0.0.1:5000/#/experiments/1/runs/r?workflowType=machine_learning"
     assert run.ui_command == f"mlflow ui --backend-store-uri {store.tracking_uri}"
 
 
