@@ -175,8 +175,13 @@ def _write_all(network: DeploymentNetwork, card: ModelCard, types: Sequence[str]
 def _check_same(network: nn.Module, exported: Callable[[Tensor], Tensor], example: Tensor, kind: str) -> None:
     for batch in (example, torch.cat([example, example.flip(-1), example[:1]])):  # 2 and 5 images
         expected, got = network(batch), exported(batch)
+        if expected.shape != got.shape:
+            raise RuntimeError(
+                f"the exported {kind} network gives embeddings of shape {tuple(got.shape)}, the trained one "
+                f"{tuple(expected.shape)}"
+            )
         difference = ((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-        if expected.shape != got.shape or not difference <= TOLERANCE:
+        if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"the exported {kind} network differs from the trained one by {difference:.1e} of the largest value "
                 f"for {len(batch)} images; at most {TOLERANCE:.0e} is rounding"

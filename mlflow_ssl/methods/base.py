@@ -1,5 +1,6 @@
 """What every method shares: the embedding, the optimizer and its schedule."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,11 +71,10 @@ class SSLMethod(LightningModule):
         if self._make_scheduler is None:
             return optimizer
         trainer = self.trainer
-        total_steps = self.total_steps
         scheduler = self._make_scheduler(
             optimizer,
-            total_steps=total_steps,
-            steps_per_epoch=total_steps / max(trainer.max_epochs or 1, 1),
+            total_steps=self.total_steps,
+            steps_per_epoch=math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches),
             global_batch=self.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
