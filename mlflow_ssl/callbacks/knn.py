@@ -53,17 +53,7 @@ class KNNEvaluation(Callback):
         """Keep a batch of embeddings."""
         self._embeddings.add(dataloader_idx, outputs, batch[1])
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep a batch of embeddings."""
-        self._embeddings.add(dataloader_idx, outputs, batch[1])
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation split."""
