@@ -105,6 +105,14 @@ def test_val_acc_begins_with_the_untrained_network_and_counts_optimizer_steps(tr
     assert [step for step, _ in trained.history("train/loss")] == list(range(1, steps + 1))
 
 
+def test_the_last_checkpoint_is_the_end_of_the_training_also_between_validations(store, image_folder):
+    words = ["trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", "datamodule.val_size=0"]
+    assert train(image_folder({"a": 20, "b": 20}), *words) == 0
+    checkpoint = torch.load(only_output() / "checkpoints" / "last.ckpt", weights_only=True)
+    final = max(point.step for point in store.get_metric_history(only_run(store).info.run_id, "train/loss"))
+    assert checkpoint["global_step"] == final > 3
+
+
 def test_every_promised_metric_is_logged(trained):
     promised = {"train/loss", "train/lr", "train/tau", "train/images_per_second", "test_acc", "test_acc_weighted"}
     promised |= {"test_acc_linear", "baseline_acc_pixels", "data/bad_images", "epoch"}
