@@ -198,11 +198,9 @@ def _groups() -> list[str]:
 def _unknown_key(error: ConfigCompositionException, words: Sequence[str]) -> str:
     found = re.search(r"'([^']+)'", str(error))
     key = found[1] if found else ""
-    # composed without the wrong word, to know what there is
-    others = [
-        word for word in words if "." not in word.partition("=")[0] and word.lstrip("+~").partition("=")[0] != key
-    ]
-    known = list(_keys(compose("config", overrides=others)))
+    # composed from the choices of groups alone, to know what there is
+    chosen = [word for word in words if word.partition("=")[0] in _groups()]
+    known = list(_keys(compose("config", overrides=chosen)))
     if not key or key in known:
         return f"cannot compose the config: {_first_line(error)}"
     close = ", ".join(difflib.get_close_matches(key, known, n=4, cutoff=0.5)) or "none"

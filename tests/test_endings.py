@@ -197,6 +197,16 @@ def test_a_server_that_never_answers_is_given_up(store, image_folder, capsys, mo
     assert "does not answer (ReadTimeout)" in capsys.readouterr().err
 
 
+def test_a_silent_server_is_not_asked_to_end_the_launchers_run(store, image_folder, monkeypatch):
+    def ask(*_, **__):
+        raise AssertionError("MLflow's client tries for minutes")
+
+    monkeypatch.setattr("mlflow_ssl.tracking.run.MlflowClient", ask)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    assert train(image_folder({"a": 20, "b": 20})) == 2
+
+
 def test_pretrained_weights_without_a_network_are_one_line(store, image_folder, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to host")

@@ -88,7 +88,7 @@ class Run:
     @property
     def link(self) -> str:
         """Address of the run in the MLflow UI; for a local store, that of a server started on it."""
-        uri = self.client.tracking_uri
+        uri = _without_password(self.client.tracking_uri)
         server = uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
         # the UI opens in its view of language models otherwise
         return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
@@ -96,7 +96,7 @@ class Run:
     @property
     def ui_command(self) -> str | None:
         """Command that starts the UI on a local store; None where a server is running already."""
-        uri = self.client.tracking_uri
+        uri = _without_password(self.client.tracking_uri)
         return None if urlsplit(uri).scheme in ("http", "https") else f"mlflow ui --backend-store-uri {uri}"
 
 
@@ -143,7 +143,11 @@ def is_first_process() -> bool:
 
 
 def end_launched_run(run_id: str, *, status: str, reason: str) -> None:
-    """End a run that ``mlflow run`` opened and that we never took over."""
+    """End a run that ``mlflow run`` opened and that we never took over, if there is anyone to tell."""
+    try:
+        check_answers(mlflow.get_tracking_uri())
+    except InputError:  # MLflow's client would go on trying for minutes
+        return
     client = MlflowClient()
     client.set_tag(run_id, "mlflow_ssl.reason", reason[:1000])
     client.set_terminated(run_id, status)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from mlflow import MlflowClient
 
 from mlflow_ssl.tracking.run import Run, _without_password, tracked_run
 
@@ -61,6 +62,20 @@ def test_the_link_of_a_server_is_the_servers_and_of_a_file_that_of_a_ui(store):
     run = Run(store, "r", "1")
     assert run.link == "http://127.0.0.1:5000/#/experiments/1/runs/r?workflowType=machine_learning"
     assert run.ui_command == f"mlflow ui --backend-store-uri {store.tracking_uri}"
+
+
+def test_neither_link_nor_command_shows_a_password():
+    server = Run(MlflowClient("https://me:secret@host:1"), "r", "1")
+    database = Run(Named("postgresql://me:secret@host/db"), "r", "1")
+    assert server.link.startswith("https://host:1/#/")
+    assert database.ui_command == "mlflow ui --backend-store-uri postgresql://host/db"
+
+
+class Named:
+    """A client of a store that is not there."""
+
+    def __init__(self, tracking_uri):
+        self.tracking_uri = tracking_uri
 
 
 def test_a_password_in_a_uri_is_not_shown():
