@@ -1,23 +1,18 @@
 """The data set that comes along: scikit-learn's handwritten digits, as an image folder."""
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from PIL import Image
 
+from mlflow_ssl.datasets.cache import cache_folder
+
 log = logging.getLogger(__name__)
 
 DIGITS = "embedded:digits"
 """The ``data_path`` that means the digits."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of this user's caches: ``MLFLOW_SSL_CACHE``, or ours below ``XDG_CACHE_HOME``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlflow_ssl"
-    return Path(os.environ.get("MLFLOW_SSL_CACHE") or default)
 
 
 def digits_folder() -> Path:

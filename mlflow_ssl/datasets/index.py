@@ -1,14 +1,14 @@
 """The one table of a data set: which images there are, of which class, in which split, with which content.
 
 Columns: ``path`` (relative, with ``/``), ``class_name``, ``label``, ``split``, ``size`` (bytes), ``digest``
-(BLAKE2b of the content). Rows are sorted by path, whatever order the file system lists them in.
+(BLAKE2b of the content), ``width`` and ``height`` (pixels). Rows are sorted by path, whatever order the file system
+lists them in.
 """
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,21 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from mlflow_ssl.datasets.decode import EXTENSIONS, decode
+from mlflow_ssl.datasets.contents import BadImage, read_contents
+from mlflow_ssl.datasets.decode import EXTENSIONS
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """First folders, in either case, that are taken for splits rather than classes where ``train`` is among them."""
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """A file that looks like an image and cannot be read as one."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -172,26 +165,48 @@ def _without_loose(named: dict[str, tuple[str, str]], *, with_folders: set[str])
     return {path: names for path, names in named.items() if path not in loose}
 
 
-def read_contents(root: Path, paths: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[BadImage]]:
-    """Read every file once, side by side: size and digest of the good ones, reasons for the bad ones.
+def make_index(
+    contents: pa.Table, *, class_names: Mapping[str, str], labels: Mapping[str, int], splits: Mapping[str, str]
+) -> ImageIndex:
+    """Put together what is known of the images that are in a split.
 
-    A file is decoded here so that a broken one is known before the training begins and not hours into it.
+    Args:
+        contents: of these images at least, as `read_contents` returns them.
+        class_names: relative path to class name, empty where there is none.
+        labels: class name to label; images without a class get 0.
+        splits: relative path to split, of the images to take.
     """
-    good: dict[str, tuple[int, str]] = {}
-    bad: list[BadImage] = []
-    with ThreadPoolExecutor() as pool:  # reading, hashing and decoding all release the interpreter lock
-        for path, outcome in zip(paths, pool.map(lambda path: _read_content(root / path), paths), strict=True):
-            if isinstance(outcome, str):
-                bad.append(BadImage(path, outcome))
-            else:
-                good[path] = outcome
-    return good, bad
+    paths = pa.array(sorted(splits), pa.string())
+    chosen = contents.take(pc.index_in(paths, value_set=contents["path"].combine_chunks()))
+    names = [class_names[path] for path in paths.to_pylist()]
+    columns = {
+        "path": paths,
+        "class_name": pa.array(names, pa.string()),
+        "label": pa.array([labels.get(name, 0) for name in names], pa.int64()),
+        "split": pa.array([splits[path] for path in paths.to_pylist()], pa.string()),
+    }
+    measured = {name: chosen[name] for name in ("size", "digest", "width", "height")}
+    return ImageIndex(pa.table(columns | measured))
 
 
-def _read_content(file: Path) -> tuple[int, str] | str:
-    try:
-        data = file.read_bytes()
-        decode(data)
-    except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    return len(data), hashlib.blake2b(data, digest_size=16).hexdigest()
+def index_folder(root: Path) -> tuple[ImageIndex, list[BadImage]]:
+    """Index a whole folder, in the splits that its folders name and no others.
+
+    Args:
+        root: as `scan` takes it.
+
+    Returns:
+        The good images, with an empty split where no folder names one; and the bad ones.
+
+    Raises:
+        InputError: as `scan`, and if no image can be decoded.
+    """
+    found = scan(root)
+    contents, bad = read_contents(root, list(found))
+    if not len(contents):
+        raise InputError(f"path holds {len(bad)} images and none can be decoded: {root}")
+    good = {path: found[path] for path in contents["path"].to_pylist()}
+    names = {path: name for path, (name, _) in good.items()}
+    labels = {name: label for label, name in enumerate(sorted(set(names.values()) - {""}))}
+    splits = {path: split for path, (_, split) in good.items()}
+    return make_index(contents, class_names=names, labels=labels, splits=splits), bad

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from mlflow_ssl.datasets.cache import cache_folder
 from mlflow_ssl.datasets.decode import read_image
-from mlflow_ssl.datasets.embedded import cache_folder, digits_folder
+from mlflow_ssl.datasets.embedded import digits_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
-from mlflow_ssl.datasets.index import ImageIndex, read_contents, scan
+from mlflow_ssl.datasets.contents import read_contents
+from mlflow_ssl.datasets.index import ImageIndex, index_folder, make_index, scan
 from mlflow_ssl.errors import InputError
 
 
@@ -202,28 +201,39 @@ def test_scan_refuses_a_name_that_is_not_unicode(tmp_path):
         scan(tmp_path)
 
 
-def test_read_contents_gives_size_and_digest_of_good_files_and_reasons_for_bad_ones(image_folder):
-    root = image_folder({"a": 3})
-    (root / "a" / "bad.png").write_bytes(b"no\nimage")
-    shutil.copy(root / "a" / "000.png", root / "a" / "copy.png")
-    good, bad = read_contents(root, list(scan(root)))
-    assert list(good) == ["a/000.png", "a/001.png", "a/002.png", "a/copy.png"]
-    assert {path: size for path, (size, _) in good.items()} == {path: (root / path).stat().st_size for path in good}
-    assert good["a/000.png"] == good["a/copy.png"]
-    assert len({digest for _, digest in good.values()}) == 3
-    assert all(len(digest) == 32 for _, digest in good.values())
-    assert [image.path for image in bad] == ["a/bad.png"]
-    assert bad[0].reason.startswith("UnidentifiedImageError: ")
-    assert "\n" not in bad[0].reason
+def test_make_index_takes_the_images_that_are_in_a_split(image_folder):
+    root = image_folder({"a": 2, "b": 1}, size=8)
+    contents, _ = read_contents(root, list(scan(root)))
+    index = make_index(
+        contents,
+        class_names={"a/000.png": "a", "a/001.png": "a", "b/000.png": ""},
+        labels={"a": 5},
+        splits={"b/000.png": "val", "a/001.png": "train"},
+    )
+    [first, second] = index.table.to_pylist()
+    of_file = {row["path"]: row for row in contents.to_pylist()}
+    assert first == of_file["a/001.png"] | {"class_name": "a", "label": 5, "split": "train"}
+    assert second == of_file["b/000.png"] | {"class_name": "", "label": 0, "split": "val"}
 
 
-def test_read_contents_finds_a_jpeg_that_breaks_off(tmp_path):
-    file = tmp_path / "half.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
-    file.write_bytes(file.read_bytes()[:1000])
-    good, bad = read_contents(tmp_path, ["half.jpg"])
-    assert not good
-    assert "truncated" in bad[0].reason
+def test_index_folder_takes_every_good_image_in_the_splits_that_folders_name(image_folder):
+    root = image_folder({"train/a": 2, "train/b": 1, "test/b": 1})
+    (root / "train" / "b" / "bad.png").write_bytes(b"no image")
+    index, bad = index_folder(root)
+    rows = index.table.select(["path", "class_name", "label", "split"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("test/b/000.png", "b", 1, "test"),
+        ("train/a/000.png", "a", 0, "train"),
+        ("train/a/001.png", "a", 0, "train"),
+        ("train/b/000.png", "b", 1, "train"),
+    ]
+    assert [image.path for image in bad] == ["train/b/bad.png"]
+
+
+def test_index_folder_refuses_a_folder_without_one_readable_image(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"^path holds 1 images and none can be decoded: "):
+        index_folder(tmp_path)
 
 
 def test_index_splits_and_takes_rows():
