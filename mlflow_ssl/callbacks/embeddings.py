@@ -1,9 +1,28 @@
-"""Embeddings gathered over the batches of an evaluation."""
+"""Embeddings gathered over the batches of an evaluation, and what came of it."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation was made of, on the host, in the order of the datamodule's images.
+
+    Attributes:
+        bank: embeddings, shape ``(N, D)``.
+        labels: class of each bank entry, shape ``(N,)``.
+        queries: embeddings, shape ``(Q, D)``.
+        truth: class of each query, shape ``(Q,)``.
+        predicted: class by the majority of its neighbours, shape ``(Q,)``.
+    """
+
+    bank: Tensor
+    labels: Tensor
+    queries: Tensor
+    truth: Tensor
+    predicted: Tensor
 
 
 @dataclass

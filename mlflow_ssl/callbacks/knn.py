@@ -5,7 +5,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mlflow_ssl.callbacks.embeddings import Embeddings
+from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated
 from mlflow_ssl.evaluation.knn import accuracy, knn_predict
 from mlflow_ssl.evaluation.linear import linear_accuracy
 
@@ -20,6 +20,9 @@ class KNNEvaluation(Callback):
     Args:
         num_neighbours: how many vote.
         temperature: of the weighted vote.
+
+    Attributes:
+        evaluated: what the last evaluation was made of, for other callbacks to look at until the next stage begins.
     """
 
     def __init__(self, num_neighbours: int = 20, temperature: float = 0.1) -> None:
@@ -27,6 +30,7 @@ class KNNEvaluation(Callback):
         self.temperature = temperature
         self._embeddings = Embeddings()
         self._val_acc: float | None = None
+        self.evaluated: Evaluated | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Have each checkpoint know its own ``val_acc``, whatever metric it was chosen by."""
@@ -36,10 +40,24 @@ class KNNEvaluation(Callback):
         """Go on from a checkpoint."""
         self._val_acc = state_dict["val_acc"]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides, also if resumed within it."""
+        self.evaluated = None
         if trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
+
+    on_train_epoch_start = on_train_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the memory of the last evaluation free for this one."""
+        self.evaluated = None
+
+    on_test_start = on_validation_start
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the last validation of a training: the best weights, which come next, are others."""
+        if stage == "fit":
+            self.evaluated = None
 
     def on_validation_batch_end(
         self,
@@ -57,9 +75,9 @@ class KNNEvaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation split."""
-        bank, labels, queries, truth = self._embeddings.take()
+        gathered = self._embeddings.take()
         if not trainer.sanity_checking:  # a few batches are no bank
-            self._val_acc = self._log_votes(pl_module, "val_acc", bank, labels, queries, truth)
+            self._val_acc = self._log_votes(pl_module, "val_acc", *gathered)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the test split, of neighbours and of a linear classifier."""
@@ -71,6 +89,7 @@ class KNNEvaluation(Callback):
         self, pl_module: LightningModule, name: str, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor
     ) -> float:
         votes = knn_predict(queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature)
+        self.evaluated = Evaluated(bank, labels, queries, truth, votes.majority)
         majority = accuracy(votes.majority, truth)
         pl_module.log(name, majority, prog_bar=True)
         pl_module.log(f"{name}_weighted", accuracy(votes.weighted, truth))

@@ -65,6 +65,21 @@ class SSLDataModule(ClassificationDataModule):
         """Return a training image through the validation transform, ``(C, H, W)``, and its class."""
         return self._image_dataset(self.index.split("train"), self.val_transform)[number]
 
+    def evaluated_images(self, split: str) -> ImageDataset:
+        """Return the images of ``bank`` or ``val`` as a validation sees them, in its order.
+
+        They have a transform of their own, so that another thread may read them while a loader does.
+        """
+        index = {"bank": self.bank, "val": self.queries}[split]
+        return self._image_dataset(index, copy.deepcopy(self.val_transform))
+
+    def drawn_views(self) -> TwoAugmentationDataset:
+        """Return the views that the network is trained on; ask for ``(epoch, number)`` of a training image.
+
+        They have transforms of their own, so that another thread may draw them while a loader does.
+        """
+        return copy.deepcopy(self.augmentation_dataset)
+
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of all splits, and of the bank."""
         super().setup(stage)

@@ -104,3 +104,44 @@ def test_the_last_epoch_is_validated_whatever_the_interval_divides(every, valida
         callbacks=[evaluation(), validations],
     )
     assert validations.epochs == validated
+
+
+def test_what_was_evaluated_is_kept_until_the_next_stage_begins(loaders):
+    method, knn = tiny_method(), evaluation()
+    assert knn.evaluated is None
+    (metrics, *_) = quiet_trainer(callbacks=[knn]).validate(method, list(loaders), verbose=False)
+    (bank, labels), (queries, truth) = embedded(method, loaders[0]), embedded(method, loaders[1])
+    for kept, expected in ((knn.evaluated.bank, bank), (knn.evaluated.queries, queries)):
+        torch.testing.assert_close(kept, expected)
+    assert knn.evaluated.labels.equal(labels)
+    assert knn.evaluated.truth.equal(truth)
+    assert (knn.evaluated.predicted == truth).double().mean() == pytest.approx(metrics["val_acc"])
+    seen = []
+
+    class Look(Callback):
+        def on_train_epoch_start(self, *_):
+            seen.append(("train", knn.evaluated))
+
+        def on_validation_batch_start(self, *_):
+            seen.append(("validate", knn.evaluated))
+
+        def on_test_batch_start(self, *_):
+            seen.append(("test", knn.evaluated))
+
+    method = tiny_method()
+    trainer = fit(method, pairs(1), list(loaders), max_epochs=2, callbacks=[knn, Look()])
+    trainer.test(method, list(loaders), verbose=False)
+    assert {stage for stage, _ in seen} == {"train", "validate", "test"}
+    assert [stage for stage, evaluated in seen if evaluated is not None] == []
+
+
+def test_a_sanity_check_is_no_evaluation(loaders):
+    knn = evaluation()
+    at_start = []
+
+    class Look(Callback):
+        def on_sanity_check_end(self, *_):
+            at_start.append(knn.evaluated)
+
+    fit(tiny_method(), pairs(1), list(loaders), max_epochs=1, num_sanity_val_steps=1, callbacks=[knn, Look()])
+    assert at_start == [None]

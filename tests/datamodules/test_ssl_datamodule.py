@@ -341,3 +341,38 @@ def test_dumping_leaves_the_datamodule_at_work(module, tmp_path):
     joblib.dump(datamodule, tmp_path / "datamodule.joblib")
     assert len(next(iter(datamodule.train_dataloader()))[1]) == 4
     assert len(datamodule.val_dataloader()) == 2
+
+
+# what is drawn of them
+
+
+def test_evaluated_images_are_those_of_the_loaders_in_their_order(module):
+    datamodule = module()
+    datamodule.setup("validate")
+    for split, loader in zip(("bank", "val"), datamodule.val_dataloader(), strict=True):
+        images, labels = zip(*datamodule.evaluated_images(split), strict=True)
+        assert torch.stack(images).equal(images_of(loader))
+        assert list(labels) == labels_of(loader)
+
+
+def test_drawn_views_are_those_of_training(module):
+    datamodule = module()
+    datamodule.setup("fit")
+    views = datamodule.drawn_views()
+    for key in ((0, 0), (3, 7)):
+        (view_1, view_2), label = views[key]
+        (expected_1, expected_2), expected_label = datamodule.augmentation_dataset[key]
+        assert view_1.equal(expected_1)
+        assert view_2.equal(expected_2)
+        assert label == expected_label
+
+
+def test_what_is_drawn_shares_no_transform_with_the_loaders(module):
+    datamodule = module(train_transform=A.Compose([A.HorizontalFlip(p=0.5)]))
+    datamodule.setup("fit")
+    views = datamodule.drawn_views()
+    assert datamodule.evaluated_images("val").transform is not datamodule.val_transform
+    assert views.dataset.transform is not datamodule.train_transform
+    for drawn, trained in zip(views.transform, datamodule.augmentation_dataset.transform, strict=True):
+        assert drawn is not trained
+        assert drawn.transforms[0] is not trained.transforms[0]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from mlflow_ssl.evaluation import knn_predict
-from mlflow_ssl.evaluation.knn import accuracy
+from mlflow_ssl.evaluation.knn import accuracy, nearest
 
 
 def random_data(num_bank=60, num_queries=25, dim=8, num_classes=4, seed=0):
@@ -120,11 +120,25 @@ def test_the_chunk_size_is_irrelevant(chunk_size):
         assert a.equal(b)
 
 
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+def test_the_nearest_are_those_of_the_largest_cosines(chunk_size):
+    queries, bank, _ = random_data()
+    found = nearest(queries, bank, 5, chunk_size=chunk_size)
+    for query, similarities, indices in zip(queries.tolist(), *found, strict=True):
+        cosines = [cosine(query, entry) for entry in bank.tolist()]
+        expected = sorted(range(len(bank)), key=lambda place: -cosines[place])[:5]
+        assert indices.tolist() == expected
+        assert similarities.tolist() == pytest.approx([cosines[place] for place in expected], abs=1e-6)
+
+
 @pytest.mark.parametrize("k", [0, 61])
 def test_more_neighbours_than_the_bank_has_are_refused(k):
     queries, bank, labels = random_data()
-    with pytest.raises(ValueError, match=f"num_neighbours must be between 1 and the bank size 60, got {k}"):
+    message = f"num_neighbours must be between 1 and the bank size 60, got {k}"
+    with pytest.raises(ValueError, match=message):
         knn_predict(queries, bank, labels, num_neighbours=k)
+    with pytest.raises(ValueError, match=message):
+        nearest(queries, bank, k)
 
 
 def test_accuracy_is_the_share_that_is_equal():
