@@ -43,12 +43,14 @@ class Tracking(_Group):
 
     uri: str | None
     system_metrics: bool
+    wait_at_end_seconds: float = Field(ge=0)
 
 
 class Registry(_Group):
-    """``registry``: under which name the network is registered."""
+    """``registry``: under which name the network is registered, and whether it may become the champion."""
 
     name: str = Field(min_length=1, pattern=r"^[^/:]+$")
+    promote: Literal["auto", "never"]
 
 
 _GROUPS: dict[str, type[BaseModel]] = {
