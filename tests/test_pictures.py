@@ -8,12 +8,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from mlflow_ssl import pictures
 from mlflow_ssl.pictures import grids, projection
 from mlflow_ssl.pictures.confusion import count_confusions
+from mlflow_ssl.pictures.gallery import MOST_STEPS, gallery_html, read_pictures, thinned
 from mlflow_ssl.pictures.projection import chosen_method, umap_installed
 from mlflow_ssl.pictures.style import RIGHT, WRONG
 
@@ -305,3 +308,32 @@ def test_a_confusion_matrix_of_right_answers_is_dark_on_its_diagonal():
     truth = torch.tensor([0, 1])
     good, bad = (pictures.confusion_matrix(truth, answer, ["a", "b"]) for answer in (truth, 1 - truth))
     assert good != bad
+
+
+# all pictures of a run on one page
+
+
+def test_the_gallery_holds_what_the_folder_holds_by_key_and_step(tmp_path):
+    for step in (0, 40):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"views~pairs+step+{step}+timestamp+1+abc+compressed.webp")
+    Image.new("RGB", (4, 4)).save(tmp_path / "views~pairs+step+0+timestamp+1+abc.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    found = read_pictures(tmp_path)
+    assert {key: list(by_step) for key, by_step in found.items()} == {"views/pairs": [0, 40]}
+    page = gallery_html(found)
+    assert "const steps = [0, 40]" in page
+    assert page.count(base64.b64encode(found["views/pairs"][0]).decode()) >= 1
+    assert not re.search(r"(src|href)=.?https?:", page)
+
+
+def test_a_gallery_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="pictures must hold at least one"):
+        gallery_html({})
+
+
+@given(st.sets(st.integers(0, 10**6), min_size=1, max_size=200))
+def test_a_gallery_is_thinned_evenly_to_what_a_page_can_hold(steps):
+    kept = thinned(sorted(steps))
+    assert len(kept) == min(len(steps), MOST_STEPS)
+    assert set(kept) <= steps
+    assert (kept[0], kept[-1]) == (min(steps), max(steps))

@@ -26,6 +26,7 @@ from mlflow_ssl.pictures import (
     thumbnail,
     view_pairs,
 )
+from mlflow_ssl.pictures.gallery import gallery_html, read_pictures
 from mlflow_ssl.pictures.painter import Painter
 from mlflow_ssl.pictures.projection import METHODS, Points, chosen_method, umap_installed
 from mlflow_ssl.pictures.style import load_libraries
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PAGE = "pictures/projection.html"
+STEPS = "pictures/steps.html"
 TABLE = "evaluation/per_class.csv"
 MOST_WAITING = 4
 """Pictures that may wait to be drawn; a training that validates faster than that skips some."""
@@ -54,6 +56,9 @@ class _Sender:
 
     def text(self, text: str, file: str) -> None:
         self.run.log_text(text, file)
+
+    def gallery(self) -> None:
+        self.text(gallery_html(read_pictures(self.run.picture_folder)), STEPS)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Pictures(Callback):
     - ``embedding/neighbours``: the same few validation images, and what the bank holds nearest to them.
     - ``embedding/projection``: validation embeddings in the plane, and ``pictures/projection.html``, where hovering
       over a point shows its image.
+    - ``pictures/steps.html``: all of these with a slider over the steps.
     - ``evaluation/confusion_matrix`` and ``evaluation/per_class.csv``, of the test.
 
     They are made of what `KNNEvaluation` has gathered, drawn in a thread beside the training and handed to the run of
@@ -232,6 +238,7 @@ class Pictures(Callback):
         pairs = [images.views[(epoch, number)][0] for number in images.shown]
         view_1, view_2 = (torch.stack(views) for views in zip(*pairs, strict=True))
         send.picture(view_pairs(view_1, view_2, **self.normalized), key="views/pairs")
+        send.gallery()
 
     def _draw_neighbours(self, send: _Sender, images: _Images, evaluated: Evaluated) -> None:
         rows = spread(evaluated.truth, self.num_queries)
@@ -258,6 +265,7 @@ class Pictures(Callback):
         title = f"Validation embeddings, step {send.step:,} ({method.upper()})"
         picture = projection_png(points, sample.labels, sample.class_names, title=title)
         send.picture(picture, key="embedding/projection")
+        send.gallery()
         if not with_page:
             return
         if last and auto and (best := chosen_method("auto", num_points)) != method:

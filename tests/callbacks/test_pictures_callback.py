@@ -3,6 +3,7 @@ import random
 import re
 import threading
 import time
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -31,7 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")
 
 
 class Run:
-    """Takes what a run takes, and remembers it."""
+    """Takes what a run takes, and remembers it; keeps pictures as a run does."""
+
+    picture_folder: Path
 
     def __init__(self):
         self.pictures = []
@@ -39,6 +42,7 @@ class Run:
 
     def log_picture(self, image, *, key, step):
         self.pictures.append((key, step, image))
+        image.save(self.picture_folder / f"{key.replace('/', '~')}+step+{step}+timestamp+0+x+compressed.webp")
 
     def log_text(self, text, artifact_file):
         self.texts.append((artifact_file, text))
@@ -46,6 +50,13 @@ class Run:
     def named(self, key):
         """Return step and picture of each of a name."""
         return [(step, image) for name, step, image in self.pictures if name == key]
+
+
+@pytest.fixture(autouse=True)
+def picture_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    monkeypatch.setattr(Run, "picture_folder", folder, raising=False)
 
 
 class Recorder(Logger):
@@ -110,7 +121,11 @@ def test_each_picture_comes_before_training_at_each_validation_and_at_the_test(i
     assert [step for step, _ in run.named(NEIGHBOURS)] == steps
     assert [step for step, _ in run.named(PROJECTION)] == steps
     assert [step for step, _ in run.named(CONFUSION)] == [12]
-    assert {file for file, _ in run.texts} == {"pictures/projection.html", "evaluation/per_class.csv"}
+    pages = {"pictures/projection.html", "pictures/steps.html"}
+    assert {file for file, _ in run.texts} == pages | {"evaluation/per_class.csv"}
+    steps_page = [text for file, text in run.texts if file == "pictures/steps.html"][-1]
+    assert "const steps = [0, 6, 12]" in steps_page
+    assert all(f'"{key}": {{"0": ' in steps_page for key in (VIEWS, NEIGHBOURS, PROJECTION))
     page = [text for file, text in run.texts if file == "pictures/projection.html"][-1]
     assert held_images(page) == 15
     assert "step 12 (PCA)" in page
@@ -158,7 +173,7 @@ def test_without_images_there_is_a_projection_alone():
     loaders = [labelled(5), labelled(4)]
     trainer_of(run, max_epochs=1).fit(tiny_method(), pairs(2), loaders)
     assert [(key, step) for key, step, _ in run.pictures] == [(PROJECTION, 2)]
-    assert held_images(run.texts[0][1]) == 0
+    assert held_images(dict(run.texts)["pictures/projection.html"]) == 0
 
 
 def test_a_resumed_training_does_not_show_its_first_views_again(images, tmp_path):
@@ -253,7 +268,7 @@ def test_a_training_does_not_wait_for_its_pictures_and_still_ends_with_a_page(im
     steps = [step for step, _ in run.named(PROJECTION)]
     assert steps[-1] == 36
     assert len(steps) < 6
-    pages = [text for file, text in run.texts]
+    pages = [text for file, text in run.texts if file == "pictures/projection.html"]
     assert len(pages) == 1
     assert "step 36" in pages[0]
 
