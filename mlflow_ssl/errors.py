@@ -1,10 +1,18 @@
-"""The two ways in which a run ends early without being our fault."""
+"""The ways in which a run ends early without being our fault."""
 
 import signal
 
 
 class InputError(ValueError):
     """A mistake in what the user gave: shown as one line, exit code 2, no traceback."""
+
+
+class MachineError(RuntimeError):
+    """Something that the machine refuses, such as a full disk: shown as one line, exit code 1, no traceback."""
+
+
+class NotSynced(RuntimeError):  # noqa: N818 nothing went wrong
+    """The training is done, and not all of it is in MLflow yet: shown in two lines, exit code 3."""
 
 
 class Interrupted(BaseException):
