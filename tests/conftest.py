@@ -24,6 +24,7 @@ def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch):
     """Give the test a tracking store of its own, and an empty current folder beside it."""
+    import mlflow
     from mlflow import MlflowClient
 
     folder = tmp_path / "here"
@@ -31,7 +32,8 @@ def store(tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copy(migrated_store, folder / "mlflow.db")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    return MlflowClient()
+    yield MlflowClient()
+    mlflow.set_tracking_uri(None)  # a test may have set it, for the whole process
 
 
 def write_images(root: Path, counts: Mapping[str, int], *, size: int = 24, seed: int = 0) -> Path:

@@ -1,228 +1,273 @@
-"""The life of an MLflow run: opened or taken over, filled, and always ended."""
+"""A run: what a training says goes to its output folder first, and from there to MLflow in the background."""
 
-import contextlib
-import hashlib
+import json
 import logging
 import os
 import secrets
-import tempfile
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-import mlflow
-import requests
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 from pytorch_lightning.utilities import rank_zero_only
 
-from mlflow_ssl.errors import InputError, Interrupted
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.secret import redact, redacted
+from mlflow_ssl.tracking.delivery import REGISTERED, FileDelivery, RecordDelivery
+from mlflow_ssl.tracking.journal import Entry, Journal
 from mlflow_ssl.tracking.params import loggable_params
-from mlflow_ssl.tracking.source import git_tags, version_tags
+from mlflow_ssl.tracking.sender import Sender
+
+if TYPE_CHECKING:
+    from mlflow.data.dataset import Dataset
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
-SERVER_SECONDS = 5
-BATCH = 100
-"""Parameters that one request may hold."""
+FOLDER = "tracking"
+"""Where an output folder keeps what goes to MLflow."""
+LONGEST_TAG = 8000
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """Which run an output folder belongs to, and how it ended; ``run.json`` in the folder."""
+
+    run_id: str
+    experiment_id: str
+    tracking_uri: str
+    status: str | None = None
+    end_time: int | None = None
+    data_digest: str | None = None
+
+    def write(self, output: Path) -> None:
+        """Write the record, whole or not at all."""
+        file = output / FOLDER / "run.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".part")
+        scratch.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        scratch.replace(file)
+
+    @classmethod
+    def read(cls, output: Path) -> "RunRecord":
+        """Read the record of an output folder.
+
+        Raises:
+            InputError: if there is none.
+        """
+        file = output / FOLDER / "run.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{output} is not the output folder of a run: {file} cannot be read") from error
+
+
+def lock_output(output: Path) -> FileLock:
+    """Return the lock of an output folder, taken: one process at a time writes there.
+
+    Raises:
+        InputError: if another process has it.
+    """
+    (output / FOLDER).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / FOLDER / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another process is writing to {output}: its run goes on; wait for it, or stop it") from error
+    return lock
+
+
+@dataclass
 class Run:
-    """An open run: what a training says goes through here.
+    """An open run.
 
     In a distributed training only the first process talks to MLflow; the others' runs say nothing.
 
     Args:
-        client: of the tracking store.
-        run_id: of the run.
-        experiment_id: of its experiment.
+        client: of the tracking store; None in the other processes.
+        record: which run it is.
+        output: the output folder.
+
+        known_params: parameters that the run has, from the launcher or from before it was resumed.
+
+    Attributes:
+        first: the first value of each metric.
+        step: says how many optimizer steps are done.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str) -> None:
-        self.client = client
-        self.run_id = run_id
-        self.experiment_id = experiment_id
+    client: MlflowClient | None
+    record: RunRecord
+    output: Path
+    known_params: Mapping[str, str] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    step: Callable[[], int] = field(default=int)
+
+    def __post_init__(self) -> None:
+        """Open the journals, and remember the metrics that are in them."""
+        self._last_step: dict[str, int] = {}
+        self._uploaded: dict[str, int] = {}
+        self._pictured: set[str] = set()
+        if self.client is None:
+            return
+        records, files = (Journal(self.output / FOLDER, name) for name in ("records", "files"))
+        self.remember(entry for entry in records if entry["kind"] == "metrics")
+        self.remember_pictures(Path(entry["path"]).name for entry in files)
+        self._records = Sender(records, RecordDelivery(self.client, self.run_id))
+        self._files = Sender(files, FileDelivery(self.client, self.run_id, self.output))
+        for sender in (self._records, self._files):
+            sender.start()
+
+    @property
+    def run_id(self) -> str:
+        """The run's id in MLflow."""
+        return self.record.run_id
+
+    def remember(self, entries: Iterable[Entry]) -> None:
+        """Take note of metrics that were logged before: a step is never logged again."""
+        for entry in entries:
+            for key, value, _, step in entry["metrics"]:
+                self.first.setdefault(key, value)
+                self._last_step[key] = max(step, self._last_step.get(key, -1))
+
+    def remember_pictures(self, names: Iterable[str]) -> None:
+        """Take note of pictures that were logged before, by the names of their files."""
+        self._pictured |= {name.partition("+timestamp+")[0] for name in names if "+step+" in name}
 
     @rank_zero_only
     def log_params(self, config: Mapping[str, Any]) -> None:
-        """Log every leaf of a resolved config under its dotted key, but for those that the launcher has logged."""
-        known = self.client.get_run(self.run_id).data.params
-        params = [Param(key, value) for key, value in loggable_params(config, known=known).items()]
-        for start in range(0, len(params), BATCH):
-            self.client.log_batch(self.run_id, params=params[start : start + BATCH])
+        """Log every leaf of a resolved config under its dotted key, but for those that the run has already."""
+        params = list(loggable_params(redacted(config), known=self.known_params).items())
+        for start in range(0, len(params), 100):
+            self._say({"kind": "params", "params": dict(params[start : start + 100])})
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._say({"kind": "tags", "tags": {key: redact(value)[:LONGEST_TAG] for key, value in tags.items()}})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at once; a training's own come batched, through `MLflowLogger`."""
+        """Log metrics, each at most once a step: what a resumed training does again is not said again."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(key, value, now, step) for key, value in metrics.items()])
+        new = [(key, float(value), now, step) for key, value in metrics.items() if step > self._last_step.get(key, -1)]
+        if new:
+            entry = {"kind": "metrics", "metrics": new}
+            self._say(entry)
+            self.remember([entry])
 
     @rank_zero_only
-    def log_file(self, file: Path, folder: str | None = None) -> None:
-        """Upload a file."""
-        self.client.log_artifact(self.run_id, str(file), folder)
+    def log_dataset(self, dataset: "Dataset", *, context: str) -> None:
+        """Log a data set as an input of the run."""
+        self._say({"kind": "dataset", "dataset": dataset._to_mlflow_entity().to_dictionary(), "context": context})
 
     @rank_zero_only
-    def log_folder(self, path: Path, folder: str) -> None:
-        """Upload a folder's contents."""
-        self.client.log_artifacts(self.run_id, str(path), folder)
-
-    @rank_zero_only
-    def log_dataset(self, *, name: str, source: str, digest: str) -> None:
-        """Log the data set as the run's input."""
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
-
-        dataset = MetaDataset(LocalArtifactDatasetSource(source), name=name[:500], digest=digest)  # type: ignore[abstract]
-        mlflow.log_input(dataset, context="training")
+    def log_file(self, file: Path, folder: str | None = None, *, kind: str = "file") -> None:
+        """Upload a file or folder of the output folder."""
+        self._files.journal.append({"kind": kind, "path": str(file.relative_to(self.output)), "folder": folder})
 
     @property
-    def link(self) -> str:
-        """Address of the run in the MLflow UI; for a local store, that of a server started on it."""
-        uri = _without_password(self.client.tracking_uri)
-        server = uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
-        # the UI opens in its view of language models otherwise
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+    def picture_folder(self) -> Path:
+        """Where pictures are kept."""
+        return self.output / "images"
 
-    @property
-    def ui_command(self) -> str | None:
-        """Command that starts the UI on a local store; None where a server is running already."""
-        uri = _without_password(self.client.tracking_uri)
-        return None if urlsplit(uri).scheme in ("http", "https") else f"mlflow ui --backend-store-uri {uri}"
+    @rank_zero_only
+    def log_picture(self, image: "Image.Image", *, key: str, step: int) -> None:
+        """Log a picture that the UI shows over steps.
 
+        Args:
+            image: the picture.
+            key: name; what stands before ``/`` is its section.
+            step: optimizer steps done.
+        """
+        # MLflow's own names, which its UI finds pictures by; written here so that a second upload is the same file
+        what = f"{key.replace('/', '~')}+step+{step}"
+        if what in self._pictured:  # by the training that this one resumes
+            return
+        self._pictured.add(what)
+        self.picture_folder.mkdir(exist_ok=True)
+        name = f"{what}+timestamp+{int(time.time() * 1000)}+{secrets.token_hex(16)}"
+        whole, small = (self.picture_folder / f"{name}{end}" for end in (".png", "+compressed.webp"))
+        image.save(whole)
+        preview = image.copy()
+        preview.thumbnail((1024, 1024))
+        preview.save(small, quality=80)
+        self.log_file(whole, "images")
+        self.log_file(small, "images")
+        self.set_tags({"mlflow.loggedImages": "true"})
 
-@contextlib.contextmanager
-def tracked_run(config: Mapping[str, Any], *, main_log: Path) -> Iterator[Run]:
-    """Take over the run that ``mlflow run`` opened, or open one, and end it whatever happens.
+    @rank_zero_only
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Log a text as an artifact, such as ``pictures/projection.html``."""
+        file = self.output / artifact_file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(file.name + ".part")
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+        self.log_file(file, os.path.dirname(artifact_file) or None)  # noqa: PTH120 artifacts have POSIX paths
 
-    It ends FINISHED, KILLED after Ctrl-C or SIGTERM, or FAILED, the last two with the reason as tag
-    ``mlflow_ssl.reason``.
+    @rank_zero_only
+    def log_checkpoints(self) -> None:
+        """Upload the checkpoints as they are now; the one to resume from comes last, when all else is there."""
+        files = (self.output / "checkpoints").glob("*.ckpt")
+        for file in sorted(files, key=lambda file: (file.name == "last.ckpt", file.name)):
+            changed = file.stat().st_mtime_ns
+            if self._uploaded.get(file.name) != changed:
+                self._uploaded[file.name] = changed
+                self._log_snapshot(file, "checkpoints")
 
-    Args:
-        config: resolved config.
-        main_log: the log file, uploaded at the end.
-
-    Raises:
-        InputError: if the tracking store does not answer or refuses.
-    """
-    if not is_first_process():
-        yield Run(cast(MlflowClient, None), run_id="", experiment_id="")
-        return
-    run = _open_run(config)
-    status, reason = "FINISHED", ""
-    try:
-        yield run
-    except (Interrupted, KeyboardInterrupt) as error:
-        status, reason = "KILLED", str(error) or "stopped by Ctrl-C"
-        raise
-    except BaseException as error:
-        status, reason = "FAILED", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        raise
-    finally:
+    def _log_snapshot(self, file: Path, folder: str) -> None:
+        """Upload a file as it is now, though it will be replaced; a later snapshot takes an earlier one's place."""
+        outbox = self.output / FOLDER / "outbox"
+        superseded = [found.parent for found in outbox.glob(f"*/{file.name}")]
+        snapshot = outbox / secrets.token_hex(8) / file.name
+        snapshot.parent.mkdir(parents=True)
         try:
-            if reason:
-                log.error("%s: %s", status, reason)
-                run.set_tags({"mlflow_ssl.reason": reason[:1000]})
-            run.log_file(main_log)
-        finally:
-            mlflow.end_run(status)
+            os.link(file, snapshot)
+        except OSError:  # not every file system has links
+            shutil.copyfile(file, snapshot)
+        self.log_file(snapshot, folder, kind="snapshot")
+        for old in superseded:
+            shutil.rmtree(old, ignore_errors=True)
 
+    def registered_version(self, package: Path, *, patience: float) -> str | None:
+        """Register a packaged network and return its version; None if MLflow cannot be reached."""
+        self.log_file(package, kind="register")
+        self._files.drain(patience=patience)
+        file = package / REGISTERED
+        return json.loads(file.read_text())["version"] if file.exists() else None
 
-def is_first_process() -> bool:
-    """Return whether this process is the one that talks to MLflow and writes the output folder."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have the disk hold everything that was said so far."""
+        for sender in (self._records, self._files):
+            sender.journal.sync()
 
+    def drain(self, *, patience: float, deadline: float = float("inf")) -> bool:
+        """Send all that is left and return whether it has arrived; see `Sender.drain`."""
+        files = self._files.drain(patience=patience, deadline=deadline)
+        records = self._records.drain(patience=patience, deadline=deadline)  # tried though files fail
+        return files and records
 
-def end_launched_run(run_id: str, *, status: str, reason: str) -> None:
-    """End a run that ``mlflow run`` opened and that we never took over, if there is anyone to tell."""
-    try:
-        check_answers(mlflow.get_tracking_uri())
-    except InputError:  # MLflow's client would go on trying for minutes
-        return
-    client = MlflowClient()
-    client.set_tag(run_id, "mlflow_ssl.reason", reason[:1000])
-    client.set_terminated(run_id, status)
+    @property
+    def refused(self) -> list[str]:
+        """What MLflow refused, by its reasons."""
+        return self._files.refused + self._records.refused
 
+    @property
+    def trouble(self) -> str:
+        """Why MLflow cannot be reached; empty while it can."""
+        return self._files.trouble or self._records.trouble
 
-def _open_run(config: Mapping[str, Any]) -> Run:
-    if config["tracking"]["uri"] is not None:
-        mlflow.set_tracking_uri(config["tracking"]["uri"])
-    uri = mlflow.get_tracking_uri()
-    check_answers(uri)
-    # popped, so that a second run of this process never takes it over too
-    launched = os.environ.pop("MLFLOW_RUN_ID", None)
-    try:
-        with _first_use_lock(uri):
-            client = MlflowClient()
-            experiment_id = None if launched else _experiment_id(client, config["core"]["name"])
-        active = mlflow.start_run(
-            run_id=launched,
-            experiment_id=experiment_id,
-            run_name=None if launched else _run_name(config),
-            log_system_metrics=bool(config["tracking"]["system_metrics"]),
-        )
-    except MlflowException as error:
-        raise InputError(f"tracking store {_without_password(uri)} refuses: {str(error).splitlines()[0]}") from error
-    run = Run(client, active.info.run_id, active.info.experiment_id)
-    run.set_tags(git_tags() | version_tags())
-    return run
+    def close(self) -> None:
+        """Stop sending."""
+        for sender in (self._records, self._files):
+            sender.stop()
+            if not sender.is_alive():
+                sender.journal.close()
 
-
-def check_answers(uri: str) -> None:
-    """Check that a tracking server is there.
-
-    Raises:
-        InputError: if it does not answer within 5 seconds.
-    """
-    if urlsplit(uri).scheme not in ("http", "https"):
-        return
-    try:
-        requests.get(uri, timeout=SERVER_SECONDS, stream=True).close()
-    except requests.RequestException as error:
-        raise InputError(
-            f"the tracking server {_without_password(uri)} does not answer ({type(error).__name__}); start it, or set "
-            "tracking.uri or MLFLOW_TRACKING_URI"
-        ) from error
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host).geturl() if "@" in parts.netloc else uri
-
-
-@contextlib.contextmanager
-def _first_use_lock(uri: str) -> Iterator[None]:
-    """Let one process at a time create a local store: two that migrate a fresh one at once crash."""
-    if urlsplit(uri).scheme in ("http", "https"):
-        yield
-        return
-    name = hashlib.blake2b(uri.encode() + os.getcwd().encode(), digest_size=8).hexdigest()  # noqa: PTH109
-    with FileLock(Path(tempfile.gettempdir(), f"mlflow_ssl-{name}.lock"), mode=0o666):
-        MlflowClient().search_experiments(max_results=1)
-        yield
-
-
-def _experiment_id(client: MlflowClient, name: str) -> str:
-    # a job whose environment names an experiment stays in it
-    given = os.environ.get("MLFLOW_EXPERIMENT_ID")
-    if given:
-        return given
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", name)
-    experiment = client.get_experiment_by_name(name)
-    return experiment.experiment_id if experiment else client.create_experiment(name)
-
-
-def _run_name(config: Mapping[str, Any]) -> str:
-    # MLflow's own random name repeats under a fixed seed
-    started = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return f"{config['core']['tag']}-{config['backbone']['model_name']}-{started}"
+    def _say(self, entry: Entry) -> None:
+        self._records.journal.append(entry)

@@ -1,0 +1,235 @@
+"""The life of a run: opened or taken over, and always ended, whatever MLflow does meanwhile."""
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from pytorch_lightning.utilities import rank_zero_only
+
+from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
+from mlflow_ssl.secret import redact
+from mlflow_ssl.tracking.history import stored_metrics
+from mlflow_ssl.tracking.note import failure_note
+from mlflow_ssl.tracking.opening import check_answers, connect, open_run, without_password
+from mlflow_ssl.tracking.run import Run, RunRecord, lock_output
+from mlflow_ssl.tracking.source import git_tags, version_tags
+from mlflow_ssl.tracking.system import SystemMetrics
+
+log = logging.getLogger(__name__)
+
+NOTE_TAG = "mlflow.note.content"
+REASON_TAG = "mlflow_ssl.reason"
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+STOP_SECONDS = 15.0
+"""How long a run that was told to stop goes on sending: the machine may be gone after 30 s."""
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+"""MLflow's client tries for minutes on its own; what is sent here is tried again by its sender."""
+QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+"""MLflow prints the server's address with the password in it."""
+
+
+@contextlib.contextmanager
+def tracked_run(
+    config: Mapping[str, Any], *, output: Path, run_id: str | None = None, data_digest: str | None = None
+) -> Iterator[Run]:
+    """Open a run, or go on in one, and end it whatever happens.
+
+    It ends FINISHED, KILLED after Ctrl-C or SIGTERM, or FAILED, the last two with the reason as tag
+    ``mlflow_ssl.reason``.
+
+    Args:
+        config: resolved config.
+        output: the output folder; its ``main.log`` is uploaded at the end.
+        run_id: the run to go on in; by default the one that ``mlflow run`` opened, or else a new one.
+        data_digest: of the data set that is trained on.
+
+    Raises:
+        InputError: if the tracking store does not answer or refuses, or another process writes to ``output``.
+        MachineError: if the disk is full.
+        NotSynced: at the end, if not everything has reached MLflow.
+    """
+    if not is_first_process():
+        yield Run(None, RunRecord("", "", ""), output)
+        return
+    with contextlib.closing(_Lock(output)):
+        run = _open(config, output, run_id, data_digest)
+        system = SystemMetrics(run) if config["tracking"]["system_metrics"] else None
+        if system:
+            system.start()
+        status, reason = "FINISHED", ""
+        try:
+            with _environment(IMPATIENCE):
+                yield run
+        except BaseException as error:
+            status, reason = _ending(error)
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise MachineError(reason) from error
+            raise
+        finally:
+            if system:
+                system.stop()
+            with _environment(IMPATIENCE | QUIET):
+                arrived = _end(run, status, redact(reason), patience=config["tracking"]["wait_at_end_seconds"])
+            if not arrived and status == "FINISHED":
+                raise NotSynced(_unsynced_words(run))
+
+
+def _ending(error: BaseException) -> tuple[str, str]:
+    """Return status and reason of a run that an error ends."""
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return "KILLED", str(error) or "stopped by Ctrl-C"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "FAILED", f"the disk takes no more: {error}"
+    known = isinstance(error, InputError | MachineError)
+    return "FAILED", str(error) if known else f"{type(error).__name__}: {error}"
+
+
+class _Lock:
+    def __init__(self, output: Path) -> None:
+        self._lock = lock_output(output)
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def _open(config: Mapping[str, Any], output: Path, run_id: str | None, data_digest: str | None) -> Run:
+    client = connect(config["tracking"]["uri"])
+    stored = open_run(client, config, run_id=run_id, output=output)
+    record = RunRecord(
+        run_id=stored.info.run_id,
+        experiment_id=stored.info.experiment_id,
+        tracking_uri=without_password(client.tracking_uri),
+        data_digest=data_digest,
+    )
+    record.write(output)
+    run = Run(client, record, output, known_params=stored.data.params)
+    if run_id and not run.first:  # the output folder is a new one
+        run.remember(stored_metrics(client, run_id))
+        run.remember_pictures(Path(info.path).name for info in client.list_artifacts(run_id, "images"))
+    run.set_tags(git_tags() | version_tags())
+    return run
+
+
+def _end(run: Run, status: str, reason: str, *, patience: float) -> bool:
+    """End a run, and return whether all of it is in MLflow."""
+    deadline = time.monotonic() + STOP_SECONDS if status == "KILLED" else float("inf")
+    run.record = dataclasses.replace(run.record, status=status, end_time=int(time.time() * 1000))
+    try:
+        if reason:
+            log.error("%s: %s", status, reason)
+            resumable = (run.output / "checkpoints" / "last.ckpt").exists()
+            note = failure_note(run.run_id, status=status, reason=reason, output=run.output, resumable=resumable)
+            run.set_tags({REASON_TAG: reason, NOTE_TAG: note})
+            run.log_checkpoints()
+        run.log_file(run.output / "main.log")
+        run.record.write(run.output)
+    except OSError as error:  # a full disk: what can be said is said without it
+        log.warning("the end of the run cannot be written to %s: %s", run.output, error)
+        with contextlib.suppress(MlflowException):
+            mlflow.set_tags({REASON_TAG: reason[:1000]})
+    arrived = run.drain(patience=patience, deadline=deadline)
+    run.close()
+    last_patience = min(patience, deadline - time.monotonic()) if arrived else 0
+    arrived = _say_ended(run.record, status, patience=last_patience) and arrived
+    if not arrived and status != "FINISHED":
+        log.error("%s", _unsynced_words(run))
+    return arrived
+
+
+def _say_ended(record: RunRecord, status: str, *, patience: float) -> bool:
+    """Tell MLflow that a run has ended, and return whether it listened."""
+    give_up = time.monotonic() + patience
+    try:
+        mlflow.end_run(status)  # forgets the run before it asks the server
+    except Exception as error:
+        log.debug("the run's end did not reach MLflow: %s", error)
+        while time.monotonic() < give_up:
+            time.sleep(0.5)
+            with contextlib.suppress(Exception):
+                MlflowClient().set_terminated(record.run_id, status, record.end_time)
+                return True
+        return False
+    return True
+
+
+def _unsynced_words(run: Run) -> str:
+    return (
+        f"not everything is in MLflow yet ({run.trouble or 'it does not answer'}); nothing is lost: when it is back, "
+        f"send the rest with\n  python -m mlflow_ssl sync {run.output}"
+    )
+
+
+@contextlib.contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that the user has not set, for a while."""
+    new = {key: value for key, value in settings.items() if key not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for key in new:
+            os.environ.pop(key, None)
+
+
+def sync(output: Path) -> None:
+    """Send what an output folder holds and MLflow lacks, and end its run; any number of times.
+
+    Raises:
+        InputError: if the folder is no run's, or is being written to.
+        NotSynced: if MLflow still cannot be reached.
+    """
+    record = RunRecord.read(output)
+    with contextlib.closing(_Lock(output)), _environment(IMPATIENCE):
+        mine = mlflow.get_tracking_uri()
+        # an address of the environment may carry the password that the record does not
+        uri = mine if without_password(mine) == record.tracking_uri else record.tracking_uri
+        try:
+            client = connect(uri)
+        except InputError as error:
+            raise NotSynced(str(error)) from error
+        run = Run(client, record, output)
+        try:
+            if not run.drain(patience=30):
+                raise NotSynced(_unsynced_words(run))
+            _end_stored(client, record, output)
+        finally:
+            run.close()
+    for reason in run.refused:
+        log.warning("refused, and kept in %s: %s", output, reason)
+
+
+def _end_stored(client: MlflowClient, record: RunRecord, output: Path) -> None:
+    if record.status is None:  # its process was killed before it could say anything
+        record = dataclasses.replace(record, status="KILLED", end_time=int(time.time() * 1000))
+        reason = "the process ended without a word"
+        resumable = (output / "checkpoints" / "last.ckpt").exists()
+        note = failure_note(record.run_id, status="KILLED", reason=reason, output=output, resumable=resumable)
+        for key, value in {REASON_TAG: reason, NOTE_TAG: note}.items():
+            client.set_tag(record.run_id, key, value)
+        record.write(output)
+    client.set_terminated(record.run_id, record.status, record.end_time)
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that talks to MLflow and writes the output folder."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def end_launched_run(run_id: str, *, status: str, reason: str) -> None:
+    """End a run that ``mlflow run`` opened and that we never took over, if there is anyone to tell."""
+    try:
+        check_answers(mlflow.get_tracking_uri())
+    except InputError:  # MLflow's client would go on trying for minutes
+        return
+    client = MlflowClient()
+    client.set_tag(run_id, REASON_TAG, redact(reason)[:1000])
+    client.set_terminated(run_id, status)
