@@ -1,17 +1,15 @@
 """Words to overrides. Nothing heavy is imported until they make sense, so help and mistakes answer at once."""
 
-import contextlib
 import logging
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mlflow_ssl import __version__
-from mlflow_ssl.errors import InputError, Interrupted
+from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
+from mlflow_ssl.signals import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +20,22 @@ Train self-supervised, with everything in MLflow.
   python -m mlflow_ssl experiment=byol [data_path=FOLDER] [KEY=VALUE ...]
   mlflow-ssl experiment=byol ...
 
+Go on with a run that was stopped, in the same run; run another one's config again; send what MLflow missed:
+
+  mlflow run . -P resume=last|RUN_ID
+  mlflow run . -e reproduce -P run_id=RUN_ID
+  python -m mlflow_ssl sync OUTPUT_FOLDER
+
 KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the words ask for and return the exit code: 2 for a mistake of the user, 128 + n for a signal."""
+    """Run what the words ask for and return the exit code.
+
+    It is 0, 1 for what the machine refuses, 2 for a mistake of the user, 3 where MLflow does not have everything yet,
+    and 128 + n for a signal.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
         sys.stdout.write(USAGE + "".join(f"  {name}\n" for name in _experiments()))
@@ -36,12 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"mlflow_ssl {__version__}\n")
         return 0
     try:
-        with _signals_raise():
+        with stop_signals.raised():
             _run(words)
     except InputError as error:
         _give_back_run("FAILED", str(error))
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except MachineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except NotSynced as error:
+        sys.stderr.write(f"{error}\n")
+        return 3
     except Interrupted as error:
         _give_back_run("KILLED", str(error))
         sys.stderr.write(f"{error}\n")
@@ -53,12 +67,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> None:
+    if words and words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
+        return
     from mlflow_ssl.config import build, compose_config
 
     overrides = to_overrides(words)
     config = compose_config(overrides)
     task = build(config.task)
     task(config, overrides).run()
+
+
+def _reproduce(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.reproduce import reproduce
+
+    reproduce(to_overrides(words))
+
+
+def _sync(words: Sequence[str]) -> None:
+    if len(words) != 1:
+        raise InputError(f"sync must be given one output folder, got {' '.join(words) or 'none'}")
+    from mlflow_ssl.tracking.lifecycle import sync
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sync(Path(words[0]).resolve())
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"reproduce": _reproduce, "sync": _sync}
+"""First words that ask for something else than a training."""
 
 
 def to_overrides(words: Sequence[str]) -> list[str]:
@@ -110,24 +146,9 @@ def _experiments() -> list[str]:
     return sorted(options("experiment"))
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM raise `Interrupted` where the program stands."""
-
-    def stop(signum: int, _: FrameType | None) -> NoReturn:
-        raise Interrupted(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _give_back_run(status: str, reason: str) -> None:
     """End the run that ``mlflow run`` opened, if we failed before we took it over."""
     if "MLFLOW_RUN_ID" in os.environ:
-        from mlflow_ssl.tracking.run import end_launched_run
+        from mlflow_ssl.tracking.lifecycle import end_launched_run
 
         end_launched_run(os.environ.pop("MLFLOW_RUN_ID"), status=status, reason=reason)

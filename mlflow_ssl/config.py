@@ -19,9 +19,34 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from mlflow_ssl.albumentations_v1 import modernize
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.schema import check_plain_groups
+from mlflow_ssl.secret import redact, redacted
 
 ALIASES = {"data_path": "datamodule.data_path", "optimizer.lr": "scheduler.init_lr"}
 """Short or customary keys, and where the value really stands: the schedule owns the learning rate."""
+
+KNOWN_PARTS = (
+    "mlflow_ssl.backbones.",
+    "mlflow_ssl.callbacks.",
+    "mlflow_ssl.datamodules.",
+    "mlflow_ssl.datasets.",
+    "mlflow_ssl.heads.",
+    "mlflow_ssl.losses.",
+    "mlflow_ssl.methods.",
+    "mlflow_ssl.optimizers.",
+    "mlflow_ssl.schedules.",
+    "mlflow_ssl.tasks.ssl.",
+    "mlflow_ssl.transforms.",
+    "pytorch_lightning.Trainer",
+    "pytorch_lightning.trainer.trainer.",
+    "pytorch_lightning.callbacks.",
+    "pytorch_lightning.strategies.",
+    "torch.nn.",
+    "torch.optim.",
+    "timm.optim.",
+    "timm.scheduler.",
+    "albumentations.",
+)
+"""Beginnings of the names that a config of unknown origin may build: none of them runs what it is given."""
 
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
@@ -82,10 +107,74 @@ def resolve(config: DictConfig) -> DictConfig:
         OmegaConf.resolve(resolved)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
         raise InputError(f"cannot resolve the config: {_first_line(error)}") from error
-    check_plain_groups(OmegaConf.to_container(resolved))  # type: ignore[arg-type]
-    for path, node in _targets(resolved):
-        _check_arguments(path, node)
+    check_resolved(resolved)
     return resolved
+
+
+def check_resolved(config: DictConfig) -> None:
+    """Check the plain groups of a resolved config, and the arguments of every part.
+
+    Raises:
+        InputError: naming the first key that is wrong.
+    """
+    check_plain_groups(OmegaConf.to_container(config))  # type: ignore[arg-type]
+    for path, node in _targets(config):
+        _check_arguments(path, node)
+
+
+def recorded_config(record: Any, *, source: str, trusted: bool) -> DictConfig:
+    """Return a resolved config that a run left behind.
+
+    Args:
+        record: what its YAML file holds.
+        source: where it is from, for messages.
+        trusted: take it as it is. Otherwise it may build only what is of `KNOWN_PARTS`: what a config names is called,
+            and anybody who can write to the tracking store can write there.
+
+    Raises:
+        InputError: if it is no resolved config, or not to be trusted.
+    """
+    if not isinstance(record, dict) or "core" not in record:
+        raise InputError(f"{source} is not a config of mlflow_ssl")
+    if "${" in yaml.safe_dump(record):
+        raise InputError(f"{source} must be resolved, and holds an interpolation")
+    config = OmegaConf.create(record)
+    for path, node in _targets(config):
+        target = str(node["_target_"])
+        if not trusted and not _is_known(target):
+            raise InputError(
+                f"{source} builds {target} (at {path}), which is not of the packages that are known here; if you trust "
+                "who made it, add trust_config=true"
+            )
+    return config
+
+
+def _is_known(target: str) -> bool:
+    """Return whether a part is of `KNOWN_PARTS`, and not what a module there has imported, such as ``os.system``."""
+    if not target.startswith(KNOWN_PARTS):
+        return False
+    try:
+        part = get_object(target)
+    except (ImportError, AttributeError, ValueError):
+        return True  # it cannot be built, as `check_resolved` says
+    return f"{getattr(part, '__module__', '')}.".startswith(KNOWN_PARTS)
+
+
+def parse_word(word: str) -> tuple[str, Any]:
+    """Return key and value of an override.
+
+    Example:
+        >>> parse_word("trainer.max_epochs=5"), parse_word("~callbacks.progress")
+        (('trainer.max_epochs', 5), ('callbacks.progress', None))
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(_unalias(word))
+    except HydraException as error:
+        raise InputError(f"cannot read the override {word!r}: {_first_line(error)}") from error
+    return str(parsed.key_or_group), parsed.value()
 
 
 def build(node: DictConfig, **arguments: Any) -> Any:
@@ -110,12 +199,17 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         raise
 
 
-def write_record(unresolved: DictConfig, resolved: DictConfig, overrides: Sequence[str], folder: Path) -> None:
-    """Write the resolved config, its tree, the config before resolution and the overrides into ``folder``."""
-    OmegaConf.save(resolved, folder / "config_resolved.yaml")
-    OmegaConf.save(unresolved, folder / "config_unresolved.yaml")
-    (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
-    (folder / "config_tree.txt").write_text(_tree_text(resolved))
+def write_resolved(resolved: DictConfig, folder: Path) -> None:
+    """Write the resolved config, as YAML and as a tree, into ``folder``, without what looks like a credential."""
+    shown = OmegaConf.create(redacted(OmegaConf.to_container(resolved)))
+    OmegaConf.save(shown, folder / "config_resolved.yaml")
+    (folder / "config_tree.txt").write_text(_tree_text(shown))
+
+
+def write_composed(unresolved: DictConfig, overrides: Sequence[str], folder: Path) -> None:
+    """Write the config before resolution, and the overrides, into ``folder``, likewise."""
+    OmegaConf.save(OmegaConf.create(redacted(OmegaConf.to_container(unresolved))), folder / "config_unresolved.yaml")
+    (folder / "overrides.yaml").write_text(yaml.safe_dump([redact(word) for word in overrides]))
 
 
 def _tree_text(resolved: DictConfig) -> str:

@@ -142,7 +142,7 @@ def check_types(types: Sequence[str]) -> None:
 
 
 def export_network(network: DeploymentNetwork, card: ModelCard, *, types: Sequence[str], folder: Path) -> None:
-    """Write ``network`` in every format, and ``model.json``, into a new ``folder``.
+    """Write ``network`` in every format, and ``model.json``, into ``folder``, in place of what is there.
 
     Each file with a function of its own is asked for embeddings of two batch sizes and compared with ``network``. The
     folder appears whole or not at all.
@@ -151,9 +151,11 @@ def export_network(network: DeploymentNetwork, card: ModelCard, *, types: Sequen
         RuntimeError: if an exported network does not give the embeddings of the trained one.
     """
     scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir(parents=True)
     try:
         _write_all(network, card, types, scratch)
+        shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     except BaseException:
         shutil.rmtree(scratch)

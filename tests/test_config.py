@@ -1,12 +1,22 @@
 """Configs compose, build, and refuse what they do not know."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from mlflow_ssl.config import build, compose_config, config_folder, options, resolve
+from mlflow_ssl.config import (
+    build,
+    compose_config,
+    config_folder,
+    options,
+    parse_word,
+    resolve,
+    write_composed,
+    write_resolved,
+)
 from mlflow_ssl.errors import InputError
 
 GROUPS = sorted(folder.name for folder in config_folder().iterdir() if folder.is_dir())
@@ -141,3 +151,43 @@ def test_the_resolved_config_composes_to_itself():
 def test_shipped_configs_are_found_beside_the_package():
     assert (config_folder() / "config.yaml").is_file()
     assert isinstance(config_folder(), Path)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("trainer.max_epochs=5", "trainer.max_epochs", 5),
+        ("data_path=/a", "datamodule.data_path", "/a"),
+        ("optimizer.lr=1e-3", "scheduler.init_lr", 1e-3),
+        ("+trainer.devices=[0,1]", "trainer.devices", [0, 1]),
+        ("core.tag='two words'", "core.tag", "two words"),
+        ("resume=", "resume", ""),
+    ],
+)
+def test_a_word_is_a_key_and_a_value(word, key, value):
+    assert parse_word(word) == (key, value)
+
+
+@pytest.mark.parametrize("word", ["a=[", "no equals sign", ""])
+def test_a_word_that_cannot_be_read_is_named(word):
+    with pytest.raises(InputError, match=re.escape(f"cannot read the override {word!r}")) as caught:
+        parse_word(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_of_a_config_holds_no_credential(tmp_path):
+    words = ["tracking.uri=http://me:hunter2@host", "+tracking.password=hunter2"]
+    unresolved = compose_config([word for word in words if "uri" in word])
+    resolved = resolve(unresolved)
+    write_resolved(resolved, tmp_path)
+    write_composed(unresolved, words, tmp_path)
+    names = ["config_resolved.yaml", "config_tree.txt", "config_unresolved.yaml", "overrides.yaml"]
+    texts = {name: (tmp_path / name).read_text() for name in names}
+    assert all("http://***@host" in text and "hunter2" not in text for text in texts.values())
+    assert yaml.safe_load(texts["overrides.yaml"]) == ["tracking.uri=http://***@host", "+tracking.password=***"]
+    assert "${core.output_dir}" in texts["config_unresolved.yaml"]
+    assert "${" not in texts["config_resolved.yaml"]
+    # the rest is as it was, and what the training takes keeps its password
+    written = yaml.safe_load(texts["config_resolved.yaml"])
+    assert written | {"tracking": 0} == OmegaConf.to_container(resolved) | {"tracking": 0}
+    assert resolved.tracking.uri == "http://me:hunter2@host"

@@ -190,7 +190,7 @@ def test_a_server_that_refuses_is_named(store, image_folder, capsys, monkeypatch
 
 
 def test_a_server_that_never_answers_is_given_up(store, image_folder, capsys, monkeypatch):
-    monkeypatch.setattr("mlflow_ssl.tracking.run.SERVER_SECONDS", 0.5)
+    monkeypatch.setattr("mlflow_ssl.tracking.opening.SERVER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert train(image_folder({"a": 20, "b": 20})) == 2
@@ -201,7 +201,7 @@ def test_a_silent_server_is_not_asked_to_end_the_launchers_run(store, image_fold
     def ask(*_, **__):
         raise AssertionError("MLflow's client tries for minutes")
 
-    monkeypatch.setattr("mlflow_ssl.tracking.run.MlflowClient", ask)
+    monkeypatch.setattr("mlflow_ssl.tracking.lifecycle.MlflowClient", ask)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     assert train(image_folder({"a": 20, "b": 20})) == 2

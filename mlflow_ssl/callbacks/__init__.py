@@ -1,8 +1,19 @@
 """When things happen during a training: thin over ``evaluation`` and ``tracking``."""
 
+from mlflow_ssl.callbacks.checkpoint_upload import CheckpointUpload
 from mlflow_ssl.callbacks.knn import KNNEvaluation
+from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
+from mlflow_ssl.callbacks.pictures import Pictures
 from mlflow_ssl.callbacks.pixel_baseline import PixelBaseline
 from mlflow_ssl.callbacks.progress import Progress
 from mlflow_ssl.callbacks.step_metrics import StepMetrics
 
-__all__ = ["KNNEvaluation", "PixelBaseline", "Progress", "StepMetrics"]
+__all__ = [
+    "CheckpointUpload",
+    "KNNEvaluation",
+    "LastCheckpoint",
+    "Pictures",
+    "PixelBaseline",
+    "Progress",
+    "StepMetrics",
+]

@@ -22,6 +22,9 @@ class StepMetrics(Callback):
         self._marks.clear()
         self._marks.append((time.perf_counter(), 0))
 
+    # a training that is resumed within an epoch does not begin one
+    on_train_start = on_train_epoch_start
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate that this step will use; after the step the schedule has moved on."""
         pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])

@@ -2,18 +2,19 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from mlflow_ssl.datasets import EpochSampler, ImageDataset
+from mlflow_ssl.datasets.contents import BadImage, read_contents
 from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
-from mlflow_ssl.datasets.index import BadImage, ImageIndex, read_contents, scan
+from mlflow_ssl.datasets.index import ImageIndex, make_index, scan
 from mlflow_ssl.datasets.splits import SPLITS, check_sizes, draw_splits, read_split_files
 from mlflow_ssl.errors import InputError
 
@@ -89,6 +90,7 @@ class ClassificationDataModule(LightningDataModule):
         self.bad_images: list[BadImage] = []
         self._index: ImageIndex | None = None
         self._datasets: dict[str, Dataset[Any]] = {}
+        self._position = (0, 0)
 
     # the table of images
 
@@ -111,7 +113,7 @@ class ClassificationDataModule(LightningDataModule):
         return sorted(mapping, key=mapping.__getitem__)
 
     def build_index(self) -> ImageIndex:
-        """Scan the folder, read every image once and draw the splits."""
+        """Scan the folder, read every image that is new or has changed, and draw the splits."""
         self._check_choices()
         root = self.root
         found = scan(root, include=self.include_filter, exclude=self.exclude_filter)
@@ -120,25 +122,15 @@ class ClassificationDataModule(LightningDataModule):
         listed = read_split_files(root, files, known=found, filtered=filtered)
         contents, self.bad_images = read_contents(root, list(found))  # last, since it takes longest
         self._judge_bad_images(len(found))
-        splits = self._split({path: found[path] for path in found if path in contents}, listed, given=set(files))
-        paths = sorted(splits)
+        good = {path: found[path] for path in contents["path"].to_pylist()}
+        splits = self._split(good, listed, given=set(files))
         if "train" not in splits.values():
             raise InputError("the training split is empty; check datamodule.train_split_file, val_size and test_size")
-        if len(paths) < len(contents):
-            log.info("%d of %d images are in no split", len(contents) - len(paths), len(contents))
-        self.class_to_idx = self._number_classes({found[path][0] for path in paths})
-        return ImageIndex(
-            pa.table(
-                {
-                    "path": pa.array(paths, pa.string()),
-                    "class_name": pa.array([found[path][0] for path in paths], pa.string()),
-                    "label": pa.array([self.class_to_idx.get(found[path][0], 0) for path in paths], pa.int64()),
-                    "split": pa.array([splits[path] for path in paths], pa.string()),
-                    "size": pa.array([contents[path][0] for path in paths], pa.int64()),
-                    "digest": pa.array([contents[path][1] for path in paths], pa.string()),
-                }
-            )
-        )
+        if len(splits) < len(good):
+            log.info("%d of %d images are in no split", len(good) - len(splits), len(good))
+        names = {path: name for path, (name, _) in good.items()}
+        self.class_to_idx = self._number_classes({names[path] for path in splits})
+        return make_index(contents, class_names=names, labels=self.class_to_idx, splits=splits)
 
     def _check_choices(self) -> None:
         if self.on_bad_image not in ("error", "skip"):
@@ -239,10 +231,8 @@ class ClassificationDataModule(LightningDataModule):
         return self._loader(dataset) if len(dataset) else []
 
     def _train_loader(self, dataset: Any) -> DataLoader[Any]:
-        rank, world_size = _position()
-        sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size)
-        if self.trainer is not None:  # after a resume, Lightning starts the workers before it sets the epoch
-            sampler.set_epoch(self.trainer.current_epoch)
+        rank, world_size = _rank_and_world_size()
+        sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size, start=self._position)
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"datamodule.batch_size must be at most the training split's {len(sampler)} images, "
@@ -267,18 +257,35 @@ class ClassificationDataModule(LightningDataModule):
             **kwargs,
         )
 
+    # what a checkpoint holds
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how far the training is in its data: the epoch, and its images that all processes have seen."""
+        trainer = self.trainer
+        assert trainer is not None
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        seen = batches.completed if epochs.started > epochs.processed else 0
+        return {"epoch": epochs.processed, "images": seen * self.batch_size * trainer.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on there."""
+        # Lightning looks for that in the loader, and finds nothing
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+        self._position = (state_dict["epoch"], state_dict["images"])
+
     # what a joblib dump holds
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a training: its trainer, and data sets with absolute paths."""
-        return self.__dict__ | {"trainer": None, "_datasets": {}}
+        return self.__dict__ | {"trainer": None, "_datasets": {}, "_position": (0, 0)}
 
 
 def _strings(words: Sequence[str] | str | None) -> list[str] | None:
     return [words] if isinstance(words, str) else list(words) if words is not None else None
 
 
-def _position() -> tuple[int, int]:
+def _rank_and_world_size() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -20,14 +20,18 @@ class EpochSampler(Sampler[Key]):
         seed: another seed, another order.
         rank: number of this process among ``world_size``.
         world_size: processes that share the epoch; each gets equally many images, what is left over is dropped.
+        start: where a resumed training goes on: an epoch, and how many of its images all processes have seen.
     """
 
-    def __init__(self, num_images: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_images: int, *, seed: int, rank: int = 0, world_size: int = 1, start: tuple[int, int] = (0, 0)
+    ) -> None:
         self.num_images = num_images
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.start = start
+        self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this before each."""
@@ -40,6 +44,7 @@ class EpochSampler(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         """Yield epoch and index of each image."""
         epoch = self.epoch
+        seen = self.start[1] if epoch == self.start[0] else 0
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-        for index in order[self.rank : len(self) * self.world_size : self.world_size]:
+        for index in order[seen + self.rank : len(self) * self.world_size : self.world_size]:
             yield epoch, int(index)

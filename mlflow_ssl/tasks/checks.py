@@ -10,6 +10,7 @@ from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.datasets.embedded import DIGITS
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.export import check_types
+from mlflow_ssl.tracking.packaging import check_servable
 from mlflow_ssl.transforms import apply, to_tensor
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
         InputError: if batch size, neighbours, normalization or export types cannot work.
     """
     check_types(config.export.types)
+    check_servable(datamodule.val_transform)
     num_train, num_bank = len(datamodule.index.split("train")), len(datamodule.bank)
     if datamodule.batch_size > num_train:
         raise InputError(

@@ -9,39 +9,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import joblib
-from omegaconf import DictConfig
 
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.errors import InputError
-from mlflow_ssl.tracking.run import is_first_process
+from mlflow_ssl.secret import RedactingFormatter
+from mlflow_ssl.tracking.lifecycle import is_first_process
 
 _SHARED = "MLFLOW_SSL_OUTPUT_DIR"
 """Tells the other processes of a distributed training where the first one writes."""
 
 
+def shared_output() -> str | None:
+    """Return the output folder that the first process of a distributed training has made; None in that one itself."""
+    return None if is_first_process() else os.environ.get(_SHARED)
+
+
 @contextlib.contextmanager
-def open_output(core: DictConfig) -> Iterator[Path]:
+def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Iterator[None]:
     """Make the output folder, and have everything that is logged meanwhile written to its ``main.log`` too.
+
+    Args:
+        folder: the output folder.
+        log_level: of our own messages.
+        resumed: go on in a folder that is there already.
 
     Raises:
         InputError: if the folder is there already and holds something, or cannot be made.
     """
-    shared = None if is_first_process() else os.environ.get(_SHARED)
-    folder = Path(shared or core.output_dir).expanduser().resolve()
+    shared = shared_output()
     if not shared:
-        _make_empty(folder)
+        _make(folder, resumed=resumed)
         os.environ[_SHARED] = str(folder)
     handlers = [(logging.getLogger(), _file_handler(folder / "main.log"))]
     if not shared:
         handlers.append((logging.getLogger("mlflow_ssl"), _console_handler()))
-    logging.getLogger("mlflow_ssl").setLevel(core.log_level.upper())
-    for name in ("pytorch_lightning", "mlflow.system_metrics"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow_ssl").setLevel(log_level.upper())
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     for logger, handler in handlers:
         logger.addHandler(handler)
     try:
-        yield folder
+        yield
     finally:
         logging.captureWarnings(capture=False)
         for logger, handler in handlers:
@@ -50,10 +58,10 @@ def open_output(core: DictConfig) -> Iterator[Path]:
         os.environ.pop(_SHARED, None)
 
 
-def _make_empty(folder: Path) -> None:
+def _make(folder: Path, *, resumed: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
+        occupied = any(folder.iterdir()) and not resumed
     except OSError as error:
         raise InputError(f"core.output_dir cannot be made: {folder}: {error.strerror}") from error
     if occupied:
@@ -62,7 +70,7 @@ def _make_empty(folder: Path) -> None:
 
 def _file_handler(file: Path) -> logging.Handler:
     handler = logging.FileHandler(file, encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter = RedactingFormatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     return handler
@@ -70,13 +78,13 @@ def _file_handler(file: Path) -> logging.Handler:
 
 def _console_handler() -> logging.Handler:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     return handler
 
 
 def write_data(datamodule: ClassificationDataModule, folder: Path) -> None:
     """Write the datamodule, its splits as text, and the images left out, with the reasons."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     datamodule.index.write_csv(folder / "splits.csv")
     joblib.dump(datamodule, folder / "datamodule.joblib")
     with (folder / "bad_images.csv").open("w", newline="", encoding="utf-8") as file:

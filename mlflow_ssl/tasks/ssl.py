@@ -1,27 +1,34 @@
-"""Train self-supervised: from a config to a registered network."""
+"""Train self-supervised: from a config, or an earlier run, to a registered network."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.utilities import rank_zero_only
 
-from mlflow_ssl.config import build, resolve, write_record
+from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
+from mlflow_ssl.config import build, write_composed, write_resolved
 from mlflow_ssl.datamodules import SSLDataModule
-from mlflow_ssl.export import DeploymentNetwork, ModelCard, export_network
 from mlflow_ssl.machine import settle
 from mlflow_ssl.methods import SSLMethod
+from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.tasks.checks import fit_to_data, warn_of_demonstration
+from mlflow_ssl.tasks.deploy import deploy
 from mlflow_ssl.tasks.output import open_output, write_data
-from mlflow_ssl.tasks.summary import Outcome, closing_words
+from mlflow_ssl.tasks.resume import find_start
+from mlflow_ssl.tasks.summary import Outcome, closing_words, data_words
+from mlflow_ssl.tracking.dataset import split_datasets
+from mlflow_ssl.tracking.lifecycle import NOTE_TAG, tracked_run
 from mlflow_ssl.tracking.logger import MLflowLogger
-from mlflow_ssl.tracking.registry import register_network
-from mlflow_ssl.tracking.run import Run, tracked_run
+from mlflow_ssl.tracking.note import finished_note, running_note
+from mlflow_ssl.tracking.opening import run_link, ui_command
+from mlflow_ssl.tracking.run import Run
 from mlflow_ssl.tracking.source import installed_packages
 
 log = logging.getLogger(__name__)
@@ -36,72 +43,111 @@ CONFIG_FILES = (
 
 
 class SSL:
-    """Train the method that a config describes.
+    """Train the method that a config describes, or go on with the run that it names.
 
     Args:
         config: composed config, interpolations included.
         overrides: the words that it was composed from.
+        tags: for the run.
     """
 
-    def __init__(self, config: DictConfig, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: DictConfig, overrides: Sequence[str] = (), *, tags: Mapping[str, str] | None = None
+    ) -> None:
         self.unresolved = config
         self.overrides = list(overrides)
+        self.tags = dict(tags or {})
 
-    def run(self) -> Outcome | None:
-        """Train, test, export and register; return what came of it, in the first process.
+    def run(self) -> Outcome:
+        """Train, test, export and register, and return what came of it.
 
         Raises:
             InputError: for a mistake in config, data or tracking store, before any training.
+            NotSynced: at the end, if not everything has reached MLflow.
         """
         began = time.monotonic()
-        config = resolve(self.unresolved)
-        with open_output(config.core) as output:
+        start = find_start(self.unresolved, self.overrides)
+        config, output = start.config, start.output
+        with open_output(output, log_level=config.core.log_level, resumed=start.run_id is not None):
             settle(config)
             datamodule: SSLDataModule = build(config.datamodule)
             fit_to_data(config, datamodule)
-            with tracked_run(_plain(config), main_log=output / "main.log") as run:
+            digest = datamodule.index.digest
+            start.check_data(digest, changed_allowed=self.unresolved.resume_changed_data)
+            if start.run_id is None:  # before there is a run, so that any run can be resumed
+                write_composed(self.unresolved, self.overrides, output)
+                write_resolved(config, output)
+            with tracked_run(_plain(config), output=output, run_id=start.run_id, data_digest=digest) as run:
                 warn_of_demonstration(config, datamodule)
+                if start.run_id:
+                    log.info("going on with run %s from %s", start.run_id, start.checkpoint or "its beginning")
                 self._describe(run, config, datamodule, output)
                 seed_everything(config.core.seed, workers=True, verbose=False)
                 method: SSLMethod = build(config.model)
                 callbacks = {name: build(node) for name, node in config.callbacks.items() if node is not None}
                 trainer = _build_trainer(config, run, callbacks, output)
 
-                untrained = _merged(trainer.validate(method, datamodule, verbose=False))
-                trainer.fit(method, datamodule)
-                val_acc = _take_best(method, trainer, callbacks, output / "checkpoints")
+                if start.checkpoint is None:
+                    trainer.validate(method, datamodule, verbose=False)  # what the untrained network can do
+                with stop_signals.awaited():
+                    trainer.fit(method, datamodule, ckpt_path=start.checkpoint, weights_only=True)
+                val_acc = _take_best(method, callbacks)
                 tested = _merged(trainer.test(method, datamodule, verbose=False))
 
-                metrics = _summarized(untrained, val_acc, tested)
-                version = _deploy(config, method, datamodule, run, metrics, output)
-                if version is None:
-                    return None
+                metrics = _summarized(run, val_acc, tested)
+                evaluated = callbacks["knn"].evaluated if "knn" in callbacks else None
+                version = deploy(config, method, datamodule, run, metrics, evaluated, steps=trainer.global_step)
                 outcome = Outcome(
                     metrics=metrics,
+                    run_id=run.run_id,
                     name=config.registry.name,
                     version=version,
-                    link=run.link,
-                    ui_command=run.ui_command,
+                    link=run_link(run.record.tracking_uri, run.record.experiment_id, run.run_id),
+                    ui_command=ui_command(run.record.tracking_uri),
                     output=output,
                     seconds=time.monotonic() - began,
                 )
-                log.info("%s", closing_words(outcome))
+                self._close(run, config, datamodule, outcome, steps=trainer.global_step)
         return outcome
 
     @rank_zero_only
     def _describe(self, run: Run, config: DictConfig, datamodule: SSLDataModule, output: Path) -> None:
         """Put config, packages and data on record: in the output folder first, then in MLflow."""
-        write_record(self.unresolved, config, self.overrides, output)
+        write_resolved(config, output)
         (output / "packages.txt").write_text(installed_packages())
         write_data(datamodule, output / "data")
         run.log_params(_plain(config))
         for name in CONFIG_FILES:
-            run.log_file(output / name, "config")
-        run.log_folder(output / "data", "data")
+            if (output / name).exists():
+                run.log_file(output / name, "config")
+        run.log_file(output / "data", "data")
         index = datamodule.index
-        run.set_tags({"data.digest": index.digest, "data.path": str(datamodule.root)})
+        run.set_tags(
+            {
+                "data.digest": index.digest,
+                "data.path": str(datamodule.root),
+                NOTE_TAG: running_note(run_id=run.run_id, data=data_words(datamodule)),
+            }
+            | self.tags
+        )
         run.log_metrics({"data/images": len(index), "data/bad_images": len(datamodule.bad_images)})
-        run.log_dataset(name=datamodule.root.name, source=str(datamodule.root), digest=index.digest)
+        for split, dataset in split_datasets(index, root=datamodule.root, name=datamodule.root.name).items():
+            run.log_dataset(dataset, context=split)
+
+    @rank_zero_only
+    def _close(self, run: Run, config: DictConfig, datamodule: SSLDataModule, outcome: Outcome, *, steps: int) -> None:
+        """Say what came of it, in the log and on the run's page."""
+        note = finished_note(
+            _plain(config),
+            run_id=run.run_id,
+            metrics=outcome.metrics,
+            data=data_words(datamodule),
+            steps=steps,
+            name=outcome.name,
+            version=outcome.version,
+        )
+        run.set_tags({NOTE_TAG: note})
+        log.info("%s", closing_words(outcome))
 
 
 BYOL = SSL
@@ -109,23 +155,20 @@ BYOL = SSL
 
 
 def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback], output: Path) -> Trainer:
-    logger = MLflowLogger(run)
     trainer: Trainer = build(
         config.trainer,
-        logger=logger,
+        logger=MLflowLogger(run),
         callbacks=list(callbacks.values()),
         default_root_dir=str(output),
     )
-    logger.optimizer_steps = lambda: trainer.global_step
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the config asks for another
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    run.step = lambda: trainer.global_step
     return trainer
 
 
-def _take_best(method: SSLMethod, trainer: Trainer, callbacks: dict[str, Any], folder: Path) -> float | None:
-    """Save the last checkpoint, give ``method`` the best one's weights, and return its ``val_acc``.
-
-    Without a choice the last is the best.
-    """
-    trainer.save_checkpoint(folder / "last.ckpt")
+def _take_best(method: SSLMethod, callbacks: dict[str, Any]) -> float | None:
+    """Give ``method`` the best checkpoint's weights, and return its ``val_acc``; without one the last is the best."""
     best, knn = callbacks.get("model_checkpoint"), callbacks.get("knn")
     if best is None or not best.best_model_path:
         return None
@@ -136,51 +179,11 @@ def _take_best(method: SSLMethod, trainer: Trainer, callbacks: dict[str, Any], f
     return val_acc
 
 
-@rank_zero_only
-def _deploy(
-    config: DictConfig,
-    method: SSLMethod,
-    datamodule: SSLDataModule,
-    run: Run,
-    metrics: dict[str, float],
-    output: Path,
-) -> str | None:
-    """Export the network, send checkpoints and exports to MLflow, register, and return the version."""
-    transforms = config.transforms
-    network = DeploymentNetwork(method.online.backbone, transforms.mean, transforms.std)  # type: ignore[arg-type]
-    card = ModelCard(
-        backbone=config.backbone.model_name,
-        state_dict_fits=str(network.backbone.made_by),
-        input_size=(transforms.input_height, transforms.input_width),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        embedding_size=network.backbone.num_features,  # type: ignore[arg-type]
-        classes=tuple(datamodule.classes),
-    )
-    folder = output / "deployment_model"
-    export_network(network, card, types=config.export.types, folder=folder)
-    run.log_folder(output / "checkpoints", "checkpoints")
-    run.log_folder(folder, "deployment_model")
-    tags = {name: f"{metrics[name]:.6f}" for name in ("val_acc", "test_acc", "test_acc_linear") if name in metrics}
-    return register_network(
-        network,
-        card=card,
-        name=config.registry.name,
-        example=_example(datamodule, network),
-        tags=tags | {"data.digest": datamodule.index.digest},
-    )
-
-
-@torch.no_grad()
-def _example(datamodule: SSLDataModule, network: DeploymentNetwork) -> Any:
-    """Return one training image as the exported network takes it, ``(1, 3, H, W)`` in [0, 1]."""
-    image, _ = datamodule.clean_image(0)
-    return (image[None] * network.std + network.mean).clamp(0, 1).mul(255).round().div(255).numpy()
-
-
-def _summarized(untrained: dict[str, float], val_acc: float | None, tested: dict[str, float]) -> dict[str, float]:
-    renamed = {"val_acc_untrained" if name == "val_acc" else name: value for name, value in untrained.items()}
-    return renamed | tested | ({} if val_acc is None else {"val_acc": val_acc})
+def _summarized(run: Run, val_acc: float | None, tested: dict[str, float]) -> dict[str, float]:
+    """Return what the run comes to, with what its first validation found before any training."""
+    first = {"val_acc": "val_acc_untrained", "baseline_acc_pixels": "baseline_acc_pixels"}
+    untrained = {name: run.first[key] for key, name in first.items() if key in run.first}
+    return untrained | tested | ({} if val_acc is None else {"val_acc": val_acc})
 
 
 def _merged(results: Sequence[Any]) -> dict[str, float]:

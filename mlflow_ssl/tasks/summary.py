@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_ssl.callbacks.progress import clock
+from mlflow_ssl.datamodules import SSLDataModule
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class Outcome:
 
     metrics: dict[str, float]
     """``val_acc`` of the best checkpoint, ``test_acc*``, and ``val_acc_untrained``; those that there are."""
+    run_id: str
     name: str
     version: str | None
     link: str
@@ -31,13 +33,21 @@ def closing_words(outcome: Outcome) -> str:
     if "test_acc" in metrics:
         lines.append(f"test_acc   {metrics['test_acc']:.3f}, linear classifier {metrics['test_acc_linear']:.3f}")
     lines.append(f"output     {outcome.output}")
-    lines.append(f"registered {outcome.name} version {outcome.version}")
+    lines.append(f"registered {outcome.name} version {outcome.version or '(not yet: MLflow does not answer)'}")
     if outcome.ui_command:
         lines.append(f"look       {outcome.ui_command}")
     lines.append(f"run        {outcome.link}")
-    lines += [
-        "load",
-        "  import mlflow",
-        f'  network = mlflow.pytorch.load_model("models:/{outcome.name}/{outcome.version}")',
-    ]
+    if outcome.version:
+        lines += [
+            "load",
+            "  import mlflow",
+            f'  network = mlflow.pytorch.load_model("models:/{outcome.name}/{outcome.version}")',
+        ]
     return "\n".join(lines)
+
+
+def data_words(datamodule: SSLDataModule) -> str:
+    """Return what is trained on, in words."""
+    images, classes = len(datamodule.index.split("train")), len(datamodule.classes)
+    kinds = f" of {classes} classes" if classes else " without classes"
+    return f"`{datamodule.root.name}`: {images:,} training images{kinds}"

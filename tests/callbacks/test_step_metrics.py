@@ -1,5 +1,5 @@
 from functools import partial
-from itertools import count
+from itertools import chain, count
 
 import pytest
 from pytorch_lightning import Callback
@@ -28,7 +28,7 @@ def test_the_logged_rate_is_the_one_that_the_step_used():
 
 
 def test_the_speed_is_images_of_the_window_by_its_seconds(monkeypatch):
-    ticks = iter([0.0, 1.0, 2.0, 4.0, 8.0])
+    ticks = iter([-9.0, 0.0, 1.0, 2.0, 4.0, 8.0])  # the training begins, then its epoch
     monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(ticks))
     logged = Logged("train/images_per_second")
     fit(tiny_method(), pairs(4, batch_size=6), max_epochs=1, callbacks=[StepMetrics(window=2), logged])
@@ -37,7 +37,7 @@ def test_the_speed_is_images_of_the_window_by_its_seconds(monkeypatch):
 
 def test_the_speed_begins_anew_with_each_epoch(monkeypatch):
     # an hour passes at every third look at the clock: between two epochs of two steps
-    ticks = (3600.0 * (n // 3) + n % 3 for n in count())
+    ticks = chain([-9.0], (3600.0 * (n // 3) + n % 3 for n in count()))
     monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(ticks))
     logged = Logged("train/images_per_second")
     fit(tiny_method(), pairs(2, batch_size=6), max_epochs=2, callbacks=[StepMetrics(), logged])

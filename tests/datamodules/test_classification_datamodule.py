@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.errors import InputError
@@ -487,12 +487,45 @@ def test_no_more_workers_are_started_than_there_are_processors(module, monkeypat
 def test_each_process_trains_on_its_share(module, monkeypatch):
     shares = []
     for rank in range(2):
-        monkeypatch.setattr("mlflow_ssl.datamodules.classification._position", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("mlflow_ssl.datamodules.classification._rank_and_world_size", lambda rank=rank: (rank, 2))
         datamodule = module()
         datamodule.setup()
         shares.append({index for _, index in datamodule.train_dataloader().sampler})
     assert [len(share) for share in shares] == [9, 9]
     assert shares[0] | shares[1] == set(range(18))
+
+
+def test_a_loaded_position_is_where_that_epoch_begins_and_the_next_is_whole(module):
+    whole, resumed = module(), module()
+    resumed.load_state_dict({"epoch": 1, "images": 8})
+    orders = []
+    for datamodule in (whole, resumed):
+        datamodule.setup()
+        sampler = datamodule.train_dataloader().sampler
+        for epoch in (1, 2):
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+    assert orders[2] == orders[0][8:]
+    assert orders[3] == orders[1]
+
+
+@pytest.mark.filterwarnings("default")  # Lightning has advice on loaders
+@pytest.mark.parametrize(("num_batches", "images"), [(3, 4 * 3), (None, 0)])
+def test_a_position_is_the_epoch_and_its_images_that_were_trained_on(module, num_batches, images):
+    """Asked as the next batch begins, or as the next epoch does."""
+    asked = []
+
+    class Ask(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, num_batches):
+                asked.append(trainer.datamodule.state_dict())
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1 and num_batches is None:
+                asked.append(trainer.datamodule.state_dict())
+
+    fit(module(), epochs=2, callbacks=[Ask()])
+    assert asked == [{"epoch": 1, "images": images}]
 
 
 def test_loading_draws_no_shared_random_number(module):
@@ -521,9 +554,10 @@ class Listener(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(datamodule, *, epochs, resume=None, save=None):
+def fit(datamodule, *, epochs, resume=None, save=None, callbacks=()):
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, use_distributed_sampler=False, **quiet)
+    quiet |= {"limit_val_batches": 0, "use_distributed_sampler": False, "callbacks": list(callbacks)}
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
     listener = Listener()
     trainer.fit(listener, datamodule, ckpt_path=resume, weights_only=False)
     if save:

@@ -65,6 +65,30 @@ def test_an_epoch_that_was_begun_keeps_its_number():
     assert {epoch for epoch, _ in keys} == {0}
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_batches", [0, 1, 4])
+def test_a_resumed_epoch_goes_on_where_it_was_left_and_the_next_is_whole(world_size, num_batches):
+    batch_size = 3
+    for rank in range(world_size):
+        sharing = {"seed": 5, "rank": rank, "world_size": world_size}
+        whole = EpochSampler(40, **sharing)
+        resumed = EpochSampler(40, **sharing, start=(2, num_batches * batch_size * world_size))
+        for epoch in (2, 3):
+            whole.set_epoch(epoch)
+            resumed.set_epoch(epoch)
+            expected = list(whole)
+            assert list(resumed) == (expected[num_batches * batch_size :] if epoch == 2 else expected)
+
+
+def test_a_resumed_epoch_has_its_number_before_it_is_told():
+    assert {epoch for epoch, _ in EpochSampler(10, seed=0, start=(4, 2))} == {4}
+
+
+def test_a_resumed_sampler_is_as_long_as_ever():
+    """Lightning takes the length for that of an epoch."""
+    assert len(EpochSampler(10, seed=0, start=(4, 2))) == 10
+
+
 def test_batches_of_keys_are_lists_of_pairs():
     batches = list(BatchSampler(EpochSampler(5, seed=0), batch_size=2, drop_last=False))
     assert [len(batch) for batch in batches] == [2, 2, 1]
