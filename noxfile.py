@@ -30,7 +30,9 @@ def tests(session: nox.Session) -> None:
     """Types, then all tests, the slow ones too."""
     session.install("-e", ".[onnx]", "--group", "dev")
     session.run("mypy")
-    session.run("pytest", *session.posargs)
+    # a file is one process's; more threads than cores wait for each other
+    together = ("-n", "2", "--dist", "loadfile")
+    session.run("pytest", *together, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_resuming import stop_at
 from training import SMALL, only_run
+
+from mlflow_ssl.cli import main
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -57,3 +60,23 @@ def test_a_mistake_fails_the_launchers_run_with_its_reason(store):
     run = only_run(store)
     assert run.info.status == "FAILED"
     assert run.data.tags["mlflow_ssl.reason"].startswith("experiment has no option 'byoll'")
+
+
+def test_a_resumed_run_goes_on_and_the_launchers_own_stands_below_it(store, image_folder):
+    words = [*SMALL[1:], "experiment=base/ssl/byol", "callbacks.last_checkpoint.every_seconds=0"]
+    words += ["trainer.check_val_every_n_epoch=1", "scheduler.warmup_epochs=0", "callbacks.pictures=null"]
+    stop_at(2)
+    assert main([*words, f"data_path={image_folder({'a': 20, 'b': 20})}"]) == 143
+    stopped = only_run(store)
+    done = launch(f"resume={stopped.info.run_id}")
+    assert done.returncode == 0, done.stderr
+    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+    runs = {run.info.run_id: run for run in store.search_runs(experiments)}
+    resumed = runs.pop(stopped.info.run_id)
+    assert resumed.info.status == "FINISHED"
+    steps = [point.step for point in store.get_metric_history(resumed.info.run_id, "train/loss")]
+    assert steps == list(range(1, len(steps) + 1))
+    (launched,) = runs.values()
+    assert launched.info.status == "FINISHED"
+    assert launched.data.tags["mlflow.parentRunId"] == resumed.info.run_id
+    assert f"run {resumed.info.run_id} was resumed instead" in launched.data.tags["mlflow.note.content"]

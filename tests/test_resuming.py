@@ -37,12 +37,12 @@ class Project:
     """A current folder with images, a tracking store and the runs in it."""
 
     def __init__(self, folder, migrated_store, patch):
+        patch.chdir(folder)  # first: where a store is opened, its artifacts stay
         shutil.copy(migrated_store, folder / "mlflow.db")
         self.data = write_images(folder / "images", {"dark": 24, "light": 20, "middle": 22}, size=20)
         self.words = [*WORDS, f"data_path={self.data}"]
         self.client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         patch.setenv("MLFLOW_TRACKING_URI", self.client.tracking_uri)
-        patch.chdir(folder)
 
     @property
     def run(self):

@@ -40,7 +40,7 @@ TABLE = "evaluation/per_class.csv"
 MOST_WAITING = 4
 """Pictures that may wait to be drawn; a training that validates faster than that skips some."""
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 3.0
 """How long a training that fails waits for its last pictures."""
 
 

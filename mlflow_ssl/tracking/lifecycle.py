@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 NOTE_TAG = "mlflow.note.content"
 REASON_TAG = "mlflow_ssl.reason"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-STOP_SECONDS = 15.0
+STOP_SECONDS = 12.0
 """How long a run that was told to stop goes on sending: the machine may be gone after 30 s."""
+HASTE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+"""How long it waits for one answer then."""
 IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """MLflow's client tries for minutes on its own; what is sent here is tried again by its sender."""
 QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
@@ -77,7 +79,7 @@ def tracked_run(
         finally:
             if system:
                 system.stop()
-            with _environment(IMPATIENCE | QUIET):
+            with _environment(IMPATIENCE | QUIET | (HASTE if status == "KILLED" else {})):
                 arrived = _end(run, status, redact(reason), patience=config["tracking"]["wait_at_end_seconds"])
             if not arrived and status == "FINISHED":
                 raise NotSynced(_unsynced_words(run))

@@ -65,10 +65,13 @@ def open_run(client: MlflowClient, config: Mapping[str, Any], *, run_id: str | N
 
 
 def _dismiss(client: MlflowClient, launched: str, *, resumed: str) -> None:
-    """Take the run that ``mlflow run`` opened out of sight: another one goes on in its place."""
+    """Put the run that ``mlflow run`` opened below the one that goes on in its place.
+
+    It cannot be deleted: the launcher wants to end it itself.
+    """
+    client.set_tag(launched, "mlflow.parentRunId", resumed)
     client.set_tag(launched, "mlflow.note.content", f"Opened by the launcher; run {resumed} was resumed instead.")
     client.set_terminated(launched, "FINISHED")
-    client.delete_run(launched)
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ class Sender(threading.Thread):
     def _note_trouble(self, error: Exception) -> None:
         if not self.trouble:
             folder = self.journal.file.parent
-            reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
+            reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:160]
             log.warning("MLflow does not take what it is sent; it is kept in %s and sent again (%s)", folder, reason)
             self.trouble = reason
 
