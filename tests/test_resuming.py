@@ -145,6 +145,26 @@ def test_a_lost_machine_is_resumed_from_the_artifacts(project, uninterrupted, mo
     assert_as_if_never_stopped(project, uninterrupted)
 
 
+def test_a_run_goes_on_with_more_processes(project):
+    stop_at(9)
+    assert main(project.words) == 143
+    words = ["resume=last", "trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow_ssl", *project.words, *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert project.run.info.status == "FINISHED"
+    steps = [step for step, _ in project.metrics()["train/loss"]]
+    assert steps == list(range(1, steps[-1] + 1))
+    # batches of two processes: half as many steps for each epoch that is left
+    assert 9 < steps[-1] < EPOCHS * STEPS_PER_EPOCH
+
+
 REFUSED = {
     "optimizer.lr=0.1": "the run's optimizer.lr must stay",
     "datamodule.batch_size=4": "the run's datamodule.batch_size must stay: it is 8, asked for 4",

@@ -44,10 +44,11 @@ class LastCheckpoint(Callback):
         self._validation_began = 0.0
         self._validation_seconds = float("inf")
         self._random: dict[str, Any] | None = None
+        self._world_size = 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the random number generators."""
-        return random_state()
+        """Return the states of the random number generators, and the number of processes."""
+        return random_state() | {"world_size": self._world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep them until all is set up that might draw from them."""
@@ -55,6 +56,7 @@ class LastCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the random numbers where the checkpoint was written."""
+        self._world_size = trainer.world_size
         stop_signals.install()
         self._saved = time.monotonic()
         if self._random is not None and trainer.is_global_zero:
@@ -117,6 +119,12 @@ class LastCheckpoint(Callback):
         if self._saving and "loops" in checkpoint:
             settle_between_batches(checkpoint["loops"]["fit_loop"])
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the batches of this epoch as this many processes would have."""
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("world_size", trainer.world_size)
+        if "loops" in checkpoint:
+            count_anew(checkpoint["loops"]["fit_loop"], before=before, now=trainer.world_size)
+
     def _before_long_validation(self, trainer: Trainer) -> bool:
         last_step = trainer.fit_loop.epoch_loop.batch_progress.current.ready + trainer.accumulate_grad_batches - 1
         every = trainer.check_val_every_n_epoch or 1
@@ -141,6 +149,16 @@ def settle_between_batches(fit_loop: dict[str, Any]) -> None:
         for counts in (progress["total"], progress["current"]):
             counts["processed"] = counts["completed"]
             counts["ready"] = counts["started"] = counts["completed"] + under_way
+
+
+def count_anew(fit_loop: dict[str, Any], *, before: int, now: int) -> None:
+    """Rewrite how many batches of the epoch are done, in place, for another number of processes.
+
+    Each has a batch of its own at a time. What does not go up evenly is done again.
+    """
+    counts = fit_loop["epoch_loop.batch_progress"]["current"]
+    done = counts["completed"] * before // now
+    counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
 
 
 def random_state() -> dict[str, Any]:

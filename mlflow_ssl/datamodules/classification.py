@@ -272,7 +272,8 @@ class ClassificationDataModule(LightningDataModule):
         """Go on there."""
         # Lightning looks for that in the loader, and finds nothing
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        self._position = (state_dict["epoch"], state_dict["images"])
+        together = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        self._position = (state_dict["epoch"], state_dict["images"] // together * together)
 
     # what a joblib dump holds
 

@@ -280,3 +280,17 @@ def test_random_states_are_put_back_bit_for_bit(tmp_path):
     assert draw() != first
     set_random_state(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == first
+
+
+# another number of processes
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "done", "expected"), [(1, 2, 7, 3), (2, 1, 3, 6), (4, 4, 5, 5), (2, 3, 4, 2)]
+)
+def test_batches_are_counted_anew_for_another_number_of_processes(before, now, done, expected):
+    counts = {"ready": done, "started": done, "processed": done, "completed": done}
+    fit_loop = {"epoch_loop.batch_progress": {"current": counts, "total": {"completed": 40}}}
+    module.count_anew(fit_loop, before=before, now=now)
+    assert set(counts.values()) == {expected}
+    assert fit_loop["epoch_loop.batch_progress"]["total"] == {"completed": 40}

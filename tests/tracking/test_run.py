@@ -131,15 +131,15 @@ def test_so_does_one_whose_output_folder_is_gone(store, new_output):
     assert store.get_run(run.run_id).data.tags["mlflow_ssl.output_dir"].endswith("/new")
 
 
-def test_the_launchers_run_is_put_away_where_another_one_is_gone_on_in(store, output, monkeypatch):
+def test_the_launchers_run_is_put_below_the_one_that_is_gone_on_in(store, output, monkeypatch):
     with tracked_run(CONFIG, output=output) as run:
         pass
     launched = store.create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", launched)
     with tracked_run(CONFIG, output=output, run_id=run.run_id) as again:
         assert again.run_id == run.run_id
-    found = store.get_run(launched).info
-    assert (found.status, found.lifecycle_stage) == ("FINISHED", "deleted")
+    found = store.get_run(launched)
+    assert (found.info.status, found.data.tags["mlflow.parentRunId"]) == ("FINISHED", run.run_id)
 
 
 # filled
