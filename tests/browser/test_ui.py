@@ -68,7 +68,7 @@ def browser(shown):
 @pytest.fixture
 def page(browser, request):
     """Return an empty tab, and keep a picture of how the test left it."""
-    tab = browser.new_page(viewport={"width": 1500, "height": 1000})
+    tab = browser.new_page(viewport={"width": 1800, "height": 1100})
     tab.set_default_timeout(SECONDS)
     yield tab
     tab.screenshot(path=SCREENSHOTS / f"{request.node.name}.png")
@@ -78,9 +78,6 @@ def page(browser, request):
 def visit(page, address):
     page.goto(address)
     page.get_by_text("About this run").or_(page.get_by_text("Artifacts", exact=True)).first.wait_for()
-    assistant = page.get_by_text("MLflow Assistant")
-    if assistant.is_visible():  # takes a third of the page
-        assistant.locator("xpath=following::button[3]").click()
 
 
 def test_the_run_page_says_what_was_done_and_how_to_go_on(shown, page):
