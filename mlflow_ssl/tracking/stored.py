@@ -131,7 +131,7 @@ def find_run(wanted: str, *, experiment: str, uri: str | None) -> StoredRun:
             run = client.get_run(wanted)
         except MlflowException as error:
             store = without_password(client.tracking_uri)
-            raise InputError(f"there is no run {wanted} in {store}; look for its id in the UI, or take last") from error
+            raise InputError(f"there is no run {wanted} in {store}; look for its id in the UI") from error
     if OUTPUT_TAG not in run.data.tags:
         raise InputError(f"run {wanted} is not one that mlflow_ssl trained: it has no tag {OUTPUT_TAG}")
     if run.info.lifecycle_stage != "active":
