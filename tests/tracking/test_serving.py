@@ -4,7 +4,6 @@ import base64
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import requests
 import torch
 from mlflow import MlflowClient
 from packages import noise, package, resnet, validation_transform, write_every_mode
+from servers import free_port
 
 from mlflow_ssl.datasets.decode import read_image
 from mlflow_ssl.tracking.registry import register_package
@@ -24,12 +24,6 @@ from mlflow_ssl.transforms import apply, to_tensor
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # MLflow warns about itself
 
 STARTS_WITHIN_SECONDS = 180
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 class Server:
