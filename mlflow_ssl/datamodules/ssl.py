@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mlflow_ssl.datamodules.classification import ClassificationDataModule
@@ -60,10 +59,6 @@ class SSLDataModule(ClassificationDataModule):
     def queries(self) -> ImageIndex:
         """The validation images to classify; none where the bank has less than two classes."""
         return self._bank_and_queries()[1]
-
-    def clean_image(self, number: int) -> tuple[Tensor, int]:
-        """Return a training image through the validation transform, ``(C, H, W)``, and its class."""
-        return self._image_dataset(self.index.split("train"), self.val_transform)[number]
 
     def evaluated_images(self, split: str) -> ImageDataset:
         """Return the images of ``bank`` or ``val`` as a validation sees them, in its order.

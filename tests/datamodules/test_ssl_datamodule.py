@@ -219,15 +219,6 @@ def test_without_a_transform_the_bank_is_pictures_of_fractions(module):
     assert 0 <= images.min() < images.max() <= 1
 
 
-def test_a_clean_image_is_the_first_of_the_bank(module):
-    datamodule = module()
-    datamodule.setup()
-    pixels, label = datamodule.clean_image(0)
-    assert pixels.equal(images_of(datamodule.val_dataloader()[0])[0])
-    assert label == datamodule.bank.labels[0]
-    assert module(val_transform=None).clean_image(0)[0].shape == (3, 12, 12)
-
-
 @pytest.mark.parametrize(("val_size", "test_size", "expected"), [(0, 0.2, (0, 2)), (0.2, 0, (2, 0)), (0, 0, (0, 0))])
 def test_an_empty_split_has_no_loaders(module, val_size, test_size, expected):
     datamodule = module(val_size=val_size, test_size=test_size)
