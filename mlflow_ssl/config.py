@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ KNOWN_PARTS = (
     "mlflow_ssl.schedules.",
     "mlflow_ssl.tasks.ssl.",
     "mlflow_ssl.transforms.",
+    "mlflow_ssl.views.",
     "pytorch_lightning.Trainer",
     "pytorch_lightning.trainer.trainer.",
     "pytorch_lightning.callbacks.",
@@ -71,6 +73,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         InputError: if an override cannot be parsed, or names a group option or a key that does not exist.
     """
     OmegaConf.register_new_resolver("peak_lr", _peak_lr, replace=True)
+    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
     words = [_unalias(word) for word in overrides]
     shipped, *own = search_folders()
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]"] if own else []
@@ -255,6 +258,11 @@ def quote_text(value: str) -> str:
 def _unalias(word: str) -> str:
     key, equals, value = word.partition("=")
     return f"{ALIASES[key]}={value}" if equals and key in ALIASES else word
+
+
+def _scaled(factor: Any, *sizes: int) -> int:
+    """Return the largest size times a factor, such as ``4`` or ``8/7``."""
+    return round(max(sizes) * Fraction(factor))
 
 
 def _peak_lr(init_lr: Any) -> Any:

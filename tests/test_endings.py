@@ -92,7 +92,7 @@ def all_runs(client):
     [
         (lambda path: path, "data_path must be an existing folder"),
         (lambda path: path.mkdir() or path, "found none in"),
-        (lambda path: path.mkdir() or ((path / "a.png").write_bytes(b"no") and path), "none can be decoded"),
+        (lambda path: path.mkdir() or ((path / "a.png").write_bytes(b"no") and path), "none can be read"),
     ],
     ids=["missing", "empty", "unreadable"],
 )

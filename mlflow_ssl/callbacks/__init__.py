@@ -1,6 +1,8 @@
 """When things happen during a training: thin over ``evaluation`` and ``tracking``."""
 
+from mlflow_ssl.callbacks.bad_images import BadImages
 from mlflow_ssl.callbacks.checkpoint_upload import CheckpointUpload
+from mlflow_ssl.callbacks.embedding_rank import EmbeddingRank
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
 from mlflow_ssl.callbacks.pictures import Pictures
@@ -9,7 +11,9 @@ from mlflow_ssl.callbacks.progress import Progress
 from mlflow_ssl.callbacks.step_metrics import StepMetrics
 
 __all__ = [
+    "BadImages",
     "CheckpointUpload",
+    "EmbeddingRank",
     "KNNEvaluation",
     "LastCheckpoint",
     "Pictures",

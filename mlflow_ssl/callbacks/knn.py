@@ -3,9 +3,8 @@
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated
+from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated, Gathered, has_bank
 from mlflow_ssl.evaluation.knn import accuracy, knn_predict
 from mlflow_ssl.evaluation.linear import linear_accuracy
 
@@ -69,28 +68,46 @@ class KNNEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of embeddings."""
-        self._embeddings.add(dataloader_idx, outputs, batch[1])
+        if has_bank(trainer):
+            self._embeddings.add(dataloader_idx, outputs, batch[1])
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the validation split."""
+        if not has_bank(trainer):
+            return
         gathered = self._embeddings.take()
         if not trainer.sanity_checking:  # a few batches are no bank
             self._val_acc = self._log_votes(pl_module, "val_acc", *gathered)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the test split, of neighbours and of a linear classifier."""
-        bank, labels, queries, truth = self._embeddings.take()
-        self._log_votes(pl_module, "test_acc", bank, labels, queries, truth)
-        pl_module.log("test_acc_linear", linear_accuracy(bank, labels, queries, truth))
+        if not has_bank(trainer):
+            return
+        bank, queries = self._embeddings.take()
+        self._log_votes(pl_module, "test_acc", bank, queries)
+        linear = linear_accuracy(bank.embeddings, bank.labels, queries.embeddings, queries.labels)
+        pl_module.log("test_acc_linear", linear)
 
-    def _log_votes(
-        self, pl_module: LightningModule, name: str, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor
-    ) -> float:
-        votes = knn_predict(queries, bank, labels, num_neighbours=self.num_neighbours, temperature=self.temperature)
-        self.evaluated = Evaluated(bank, labels, queries, truth, votes.majority)
-        majority = accuracy(votes.majority, truth)
+    def _log_votes(self, pl_module: LightningModule, name: str, bank: Gathered, queries: Gathered) -> float:
+        votes = knn_predict(
+            queries.embeddings,
+            bank.embeddings,
+            bank.labels,
+            num_neighbours=self.num_neighbours,
+            temperature=self.temperature,
+        )
+        self.evaluated = Evaluated(
+            bank.embeddings,
+            bank.labels,
+            queries.embeddings,
+            queries.labels,
+            votes.majority,
+            bank_rows=bank.rows,
+            query_rows=queries.rows,
+        )
+        majority = accuracy(votes.majority, queries.labels)
         pl_module.log(name, majority, prog_bar=True)
-        pl_module.log(f"{name}_weighted", accuracy(votes.weighted, truth))
+        pl_module.log(f"{name}_weighted", accuracy(votes.weighted, queries.labels))
         return majority

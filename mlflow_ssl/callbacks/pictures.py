@@ -14,6 +14,7 @@ from mlflow_ssl.callbacks.embeddings import Evaluated
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
+from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.evaluation.knn import nearest
 from mlflow_ssl.pictures import (
     confusion_matrix,
@@ -32,6 +33,7 @@ from mlflow_ssl.pictures.projection import METHODS, Points, chosen_method, umap_
 from mlflow_ssl.pictures.style import load_libraries
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from PIL import Image
 
 PAGE = "pictures/projection.html"
@@ -69,7 +71,7 @@ class _Images:
     shown: list[int]
     bank: ImageDataset
     queries: ImageDataset
-    query_paths: list[str]
+    query_paths: "pa.Array"
     classes: list[str]
 
     @classmethod
@@ -79,7 +81,7 @@ class _Images:
             shown=spread(torch.tensor(datamodule.index.split("train").labels), num_pairs),
             bank=datamodule.evaluated_images("bank"),
             queries=datamodule.evaluated_images("val"),
-            query_paths=datamodule.queries.paths,
+            query_paths=column(datamodule.queries.table, "path"),
             classes=datamodule.classes,
         )
 
@@ -215,10 +217,12 @@ class Pictures(Callback):
         if images:
             painter.paint(self._draw_neighbours, _sender(trainer), images, evaluated)
         rows = spread(evaluated.truth, self.max_points)
-        names = _class_names(images, evaluated.truth)
-        sample = _Sample(
-            rows, evaluated.queries[rows], evaluated.truth[rows], names
-        )  # without the bank, which is large
+        sample = _Sample(  # without the bank, which is large
+            evaluated.query_rows[rows].tolist(),
+            evaluated.queries[rows],
+            evaluated.truth[rows],
+            _class_names(images, evaluated.truth),
+        )
         painter.paint(self._draw_projection, _sender(trainer), images, sample, with_page=with_page, last=last)
 
     def _show_confusions(self, painter: Painter, trainer: Trainer) -> None:
@@ -235,7 +239,8 @@ class Pictures(Callback):
     # in the painter's thread
 
     def _draw_views(self, send: _Sender, images: _Images, epoch: int) -> None:
-        pairs = [images.views[(epoch, number)][0] for number in images.shown]
+        drawn = [images.views[(epoch, number)] for number in images.shown]
+        pairs = [sample[0] for sample in drawn if sample is not None]
         view_1, view_2 = (torch.stack(views) for views in zip(*pairs, strict=True))
         send.picture(view_pairs(view_1, view_2, **self.normalized), key="views/pairs")
         send.gallery()
@@ -247,8 +252,10 @@ class Pictures(Callback):
         truth, labels = evaluated.truth[rows], evaluated.labels[found]
         names = _class_names(images, torch.cat([truth, labels.flatten()]))
         picture = neighbours(
-            torch.stack([images.queries[row][0] for row in rows]),
-            torch.stack([torch.stack([images.bank[place][0] for place in places]) for places in found.tolist()]),
+            torch.stack([images.queries[row][0] for row in evaluated.query_rows[rows].tolist()]),
+            torch.stack(
+                [torch.stack([images.bank[row][0] for row in places]) for places in evaluated.bank_rows[found].tolist()]
+            ),
             labels == truth[:, None],
             query_names=[names[label] for label in truth.tolist()],
             neighbour_names=[[names[label] for label in row] for row in labels.tolist()],
@@ -276,7 +283,7 @@ class Pictures(Callback):
             sample.labels,
             sample.class_names,
             self._find_thumbnails(images, sample.rows),
-            paths=None if images is None else [images.query_paths[row] for row in sample.rows],
+            paths=None if images is None else [images.query_paths[row].as_py() for row in sample.rows],
             title=title,
         )
         send.text(page, PAGE)

@@ -5,7 +5,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from mlflow_ssl.callbacks.embeddings import Embeddings
+from mlflow_ssl.callbacks.embeddings import Embeddings, has_bank
 from mlflow_ssl.evaluation.knn import accuracy, knn_predict
 
 
@@ -30,13 +30,13 @@ class PixelBaseline(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of pixels."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        if trainer.state.fn == TrainerFn.VALIDATING and has_bank(trainer):
             images, labels = batch
             self._pixels.add(dataloader_idx, images.flatten(1), labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy of the pixels."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            bank, labels, queries, truth = self._pixels.take()
-            votes = knn_predict(queries, bank, labels, num_neighbours=self.num_neighbours)
-            pl_module.log("baseline_acc_pixels", accuracy(votes.majority, truth))
+        if trainer.state.fn == TrainerFn.VALIDATING and has_bank(trainer):
+            bank, queries = self._pixels.take()
+            votes = knn_predict(queries.embeddings, bank.embeddings, bank.labels, num_neighbours=self.num_neighbours)
+            pl_module.log("baseline_acc_pixels", accuracy(votes.majority, queries.labels))

@@ -1,4 +1,4 @@
-"""Learning rate and speed at each step."""
+"""Learning rate, speed, and time lost to data at each step."""
 
 import time
 from collections import deque
@@ -8,7 +8,10 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class StepMetrics(Callback):
-    """Log ``train/lr`` and ``train/images_per_second``, of all devices together.
+    """Log ``train/lr``, ``train/images_per_second`` of all devices together, and ``train/data_wait_share``.
+
+    The last is the share of the time, in [0, 1], that passed between the end of one step and the batch for the next:
+    what faster loading could save.
 
     Args:
         window: batches that the speed is the mean of.
@@ -16,10 +19,12 @@ class StepMetrics(Callback):
 
     def __init__(self, window: int = 50) -> None:
         self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)
+        self._waits: deque[float] = deque(maxlen=window)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: what a validation took is not the training's speed."""
         self._marks.clear()
+        self._waits.clear()
         self._marks.append((time.perf_counter(), 0))
 
     # a training that is resumed within an epoch does not begin one
@@ -28,6 +33,7 @@ class StepMetrics(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate that this step will use; after the step the schedule has moved on."""
         pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+        self._waits.append(time.perf_counter() - self._marks[-1][0])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,3 +44,4 @@ class StepMetrics(Callback):
         seconds = self._marks[-1][0] - self._marks[0][0]
         images = sum(count for _, count in list(self._marks)[1:])
         pl_module.log("train/images_per_second", images / max(seconds, 1e-9))
+        pl_module.log("train/data_wait_share", sum(self._waits) / max(seconds, 1e-9))

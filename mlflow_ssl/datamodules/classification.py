@@ -1,22 +1,34 @@
-"""A folder of class folders as splits of images."""
+"""A folder of class folders, or another source of images, as splits of images."""
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from mlflow_ssl.datamodules.loading import collate, free_memory, nbytes, plan_loading, usable_cores
 from mlflow_ssl.datasets import EpochSampler, ImageDataset
-from mlflow_ssl.datasets.contents import BadImage, read_contents
+from mlflow_ssl.datasets.assembly import Assembly
+from mlflow_ssl.datasets.bad_images import POLICIES, BadImageList
+from mlflow_ssl.datasets.decode import DecodeError
 from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
-from mlflow_ssl.datasets.index import ImageIndex, make_index, scan
-from mlflow_ssl.datasets.splits import SPLITS, check_sizes, draw_splits, read_split_files
+from mlflow_ssl.datasets.index import ImageIndex
+from mlflow_ssl.datasets.naming import check_naming
+from mlflow_ssl.datasets.sources import BadImage, FolderSource, Source, open_source
+from mlflow_ssl.datasets.sources.parts import open_reader
+from mlflow_ssl.datasets.splits import check_sizes
+from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.transforms import apply, to_tensor
+
+if TYPE_CHECKING:
+    from mlflow_ssl.datasets.pixels import PixelCache
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +37,18 @@ class ClassificationDataModule(LightningDataModule):
     """Images by class, divided into training, validation and test.
 
     Splits come, in this order, from split files, from folders named ``train``, ``val`` and ``test`` that hold the class
-    folders, and from a stratified draw of what is left: of folder ``train`` where there is one, never of ``val`` or
-    ``test``. A ``train.txt``, ``val.txt`` or ``test.txt`` in the data folder is that split's file unless another is
-    given.
+    folders (or from the source, where it names splits), and from a stratified draw of what is left: of ``train`` where
+    there is one, never of ``val`` or ``test``. A ``train.txt``, ``val.txt`` or ``test.txt`` in the data folder is that
+    split's file unless another is given.
 
     Args:
-        data_path: the data folder, or ``embedded:digits``.
+        data_path: a folder, a list, shards or a saved data set, see `mlflow_ssl.datasets.sources.open_source`; or
+            ``embedded:digits``.
         exclude_filter: leave out images whose relative path contains one of these.
         include_filter: keep only images whose relative path contains one of these.
         seed: of splits, order and views.
-        num_workers: loader processes; at most as many as this machine has processors are started. 0 loads in the
-            main process. Results do not depend on it.
+        num_workers: loader processes, at most as many as this machine has processors; ``auto`` suits the machine. 0
+            loads in the main process. Results do not depend on it, but for shards.
         batch_size: images per batch and device.
         train_transform: albumentations transform of training images.
         val_transform: likewise, of validation images.
@@ -46,7 +59,22 @@ class ClassificationDataModule(LightningDataModule):
         val_size: share of the images left to draw from that validates, in [0, 1).
         test_size: share of them that tests, in [0, 1).
         class_to_idx: class name to label; by default the sorted names count from 0.
-        on_bad_image: ``error`` ends the run at an image that cannot be decoded, ``skip`` leaves it out.
+        on_bad_image: ``error`` ends the run at an image that cannot be read; ``skip`` and ``replace`` leave it out, and
+            where that shows during the training only, ``replace`` puts another image in its place.
+        labels: ``folders``, or ``none``: no image has a class.
+        class_from: ``first`` folder, ``parent`` folder, or a regular expression with one group.
+        list_columns: names of the columns ``path``, ``label`` and ``split`` of a list.
+        list_folder: what a list's paths are relative to; by default its own folder.
+        unlabelled_path: folder of additional training images; a class means nothing in it.
+        verify: ``all`` reads and decodes each new or changed image before the training, so that the broken ones and the
+            digest of all contents are known; ``none`` goes by sizes and times; ``auto`` verifies up to
+            100,000 images.
+        max_pixels: images with more are bad; None means `mlflow_ssl.datasets.decode.MAX_PIXELS`.
+        decode_at_least: pixels of the shorter side that are enough: larger JPEG files are decoded at a half, a quarter
+            or an eighth of their size, but not smaller than this; None decodes at full size.
+        cache: ``ram`` or ``disk`` keeps decoded images, resized to ``cache_shorter_side``, for all workers, processes
+            and runs; ``none`` decodes them each time.
+        cache_shorter_side: pixels.
 
     Raises:
         InputError: at `build_index`, for whatever is wrong with folder, files or sizes.
@@ -59,7 +87,7 @@ class ClassificationDataModule(LightningDataModule):
         exclude_filter: Sequence[str] | None = None,
         include_filter: Sequence[str] | None = None,
         seed: int = 42,
-        num_workers: int = 8,
+        num_workers: int | str = 8,
         batch_size: int = 16,
         train_transform: Any = None,
         val_transform: Any = None,
@@ -71,6 +99,16 @@ class ClassificationDataModule(LightningDataModule):
         test_size: float = 0.2,
         class_to_idx: Mapping[str, int] | None = None,
         on_bad_image: str = "error",
+        labels: str = "folders",
+        class_from: str = "first",
+        list_columns: Mapping[str, str] | None = None,
+        list_folder: str | None = None,
+        unlabelled_path: str | None = None,
+        verify: str = "auto",
+        max_pixels: int | None = None,
+        decode_at_least: int | None = None,
+        cache: str = "none",
+        cache_shorter_side: int | None = None,
     ) -> None:
         super().__init__()
         self.data_path = data_path
@@ -87,17 +125,53 @@ class ClassificationDataModule(LightningDataModule):
         self.test_size = test_size
         self.class_to_idx = dict(class_to_idx) if class_to_idx is not None else None
         self.on_bad_image = on_bad_image
+        self.labels = labels
+        self.class_from = class_from
+        self.list_columns = dict(list_columns) if list_columns else None
+        self.list_folder = list_folder
+        self.unlabelled_path = unlabelled_path
+        self.verify = verify
+        self.max_pixels = max_pixels
+        self.decode_at_least = decode_at_least
+        self.cache = cache
+        self.cache_shorter_side = cache_shorter_side
         self.bad_images: list[BadImage] = []
+        self.bad_image_list: BadImageList | None = None
         self._index: ImageIndex | None = None
+        self._pixels: PixelCache | None = None
         self._datasets: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
+        self._said_loading = False
 
     # the table of images
 
     @property
+    def source(self) -> Source:
+        """Where the images are; set ``data_path`` to move a loaded datamodule to another machine."""
+        if self.data_path == DIGITS:
+            return FolderSource(digits_folder(), include=self.include_filter, exclude=self.exclude_filter)
+        return open_source(
+            self.data_path,
+            include=self.include_filter,
+            exclude=self.exclude_filter,
+            labels=self.labels,
+            class_from=self.class_from,
+            list_columns=self.list_columns,
+            list_folder=self.list_folder,
+        )
+
+    @property
+    def sources(self) -> list[Source]:
+        """The source of each part of the index: the data, and the additional images where there are some."""
+        if self.unlabelled_path is None:
+            return [self.source]
+        extra = Path(self.unlabelled_path).expanduser().absolute()
+        return [self.source, FolderSource(extra, labels="none", key="datamodule.unlabelled_path")]
+
+    @property
     def root(self) -> Path:
-        """The data folder; set ``data_path`` to move a loaded datamodule to another machine."""
-        return digits_folder() if self.data_path == DIGITS else Path(self.data_path).expanduser()
+        """The folder that paths are relative to."""
+        return self.source.root
 
     @property
     def index(self) -> ImageIndex:
@@ -113,90 +187,48 @@ class ClassificationDataModule(LightningDataModule):
         return sorted(mapping, key=mapping.__getitem__)
 
     def build_index(self) -> ImageIndex:
-        """Scan the folder, read every image that is new or has changed, and draw the splits."""
+        """Scan the source, read every image that is new or has changed, and draw the splits."""
         self._check_choices()
-        root = self.root
-        found = scan(root, include=self.include_filter, exclude=self.exclude_filter)
-        files = self._find_split_files(root)
-        filtered = self.include_filter is not None or self.exclude_filter is not None
-        listed = read_split_files(root, files, known=found, filtered=filtered)
-        contents, self.bad_images = read_contents(root, list(found))  # last, since it takes longest
-        self._judge_bad_images(len(found))
-        good = {path: found[path] for path in contents["path"].to_pylist()}
-        splits = self._split(good, listed, given=set(files))
-        if "train" not in splits.values():
-            raise InputError("the training split is empty; check datamodule.train_split_file, val_size and test_size")
-        if len(splits) < len(good):
-            log.info("%d of %d images are in no split", len(good) - len(splits), len(good))
-        names = {path: name for path, (name, _) in good.items()}
-        self.class_to_idx = self._number_classes({names[path] for path in splits})
-        return make_index(contents, class_names=names, labels=self.class_to_idx, splits=splits)
-
-    def _check_choices(self) -> None:
-        if self.on_bad_image not in ("error", "skip"):
-            raise InputError(f"datamodule.on_bad_image must be error or skip, got {self.on_bad_image!r}")
-        if self.batch_size < 2:
-            raise InputError(f"datamodule.batch_size must be at least 2, got {self.batch_size}")
-        if self.num_workers < 0:
-            raise InputError(f"datamodule.num_workers must be 0 or more, got {self.num_workers}")
-        check_sizes(self.val_size, self.test_size)
-
-    def _judge_bad_images(self, num_images: int) -> None:
-        if len(self.bad_images) == num_images:
-            raise InputError(f"datamodule.data_path holds {num_images} images and none can be decoded: {self.root}")
-        if not self.bad_images:
-            return
-        first = self.bad_images[0]
-        if self.on_bad_image == "error":
-            raise InputError(
-                f"{len(self.bad_images)} of {num_images} images cannot be decoded, the first is "
-                f"{self.root / first.path} ({first.reason}); mend or remove them, or set datamodule.on_bad_image=skip"
-            )
-        log.warning(
-            "skipping %d of %d images, which cannot be decoded: %s ...", len(self.bad_images), num_images, first.path
-        )
-
-    def _split(
-        self, found: Mapping[str, tuple[str, str]], listed: Mapping[str, str], *, given: set[str]
-    ) -> dict[str, str]:
-        fixed = {path: split for path, split in listed.items() if path in found}
-        # a val or test folder is kept for its purpose: where a file names that split instead, the rest is in none
-        kept = {path: split for path, (_, split) in found.items() if split in ("val", "test") and path not in fixed}
-        fixed |= {path: split for path, split in kept.items() if split not in given}
-        drawn = draw_splits(
-            {path: name for path, (name, _) in found.items() if path not in fixed and path not in kept},
+        source, *additional = self.sources
+        assembly = Assembly(
+            source,
+            additional[0] if additional else None,
+            split_files={split: file for split, file in self.split_files.items() if file is not None},
+            filtered=self.include_filter is not None or self.exclude_filter is not None,
             seed=self.seed,
             val_size=self.val_size,
             test_size=self.test_size,
-            given={*given, *kept.values()},
+            class_to_idx=self.class_to_idx,
+            on_bad_image=self.on_bad_image,
+            verify="all" if self.cache != "none" else self.verify,
+            max_pixels=self.max_pixels,
         )
-        return fixed | drawn
+        index = assembly.build()
+        self.bad_images, self.class_to_idx = assembly.bad_images, assembly.labels
+        return index
 
-    def _find_split_files(self, root: Path) -> dict[str, Path]:
-        given = {split: Path(file).expanduser() for split, file in self.split_files.items() if file is not None}
-        # a relative split file may lie in the data folder, as the tutorial's do
-        given = {
-            split: root / file if not file.is_file() and (root / file).is_file() else file
-            for split, file in given.items()
-        }
-        lying = {split: root / f"{split}.txt" for split in SPLITS if (root / f"{split}.txt").is_file()}
-        if lying.keys() - given.keys():
-            log.info("taking splits from files in the data folder: %s", ", ".join(sorted(lying.keys() - given.keys())))
-        return lying | given
+    def _check_choices(self) -> None:
+        if self.on_bad_image not in POLICIES:
+            raise InputError(f"datamodule.on_bad_image must be error, skip or replace, got {self.on_bad_image!r}")
+        if self.batch_size < 2:
+            raise InputError(f"datamodule.batch_size must be at least 2, got {self.batch_size}")
+        if not (self.num_workers == "auto" or (isinstance(self.num_workers, int) and self.num_workers >= 0)):
+            raise InputError(f"datamodule.num_workers must be auto, or 0 or more, got {self.num_workers}")
+        if self.verify not in ("auto", "all", "none"):
+            raise InputError(f"datamodule.verify must be auto, all or none, got {self.verify!r}")
+        self._check_cache()
+        check_naming(self.labels, self.class_from)
+        check_sizes(self.val_size, self.test_size)
 
-    def _number_classes(self, names: set[str]) -> dict[str, int]:
-        names = names - {""}
-        if self.class_to_idx is None:
-            return {name: label for label, name in enumerate(sorted(names))}
-        unknown = sorted(names - self.class_to_idx.keys())
-        if unknown:
-            raise InputError(
-                f"datamodule.class_to_idx must name every class folder; it lacks {', '.join(unknown)} "
-                "(leave them out with datamodule.exclude_filter)"
-            )
-        if sorted(self.class_to_idx.values()) != list(range(len(self.class_to_idx))):
-            raise InputError(f"datamodule.class_to_idx must number the classes 0, 1, 2, ..., got {self.class_to_idx}")
-        return self.class_to_idx
+    def _check_cache(self) -> None:
+        if self.cache not in ("none", "ram", "disk"):
+            raise InputError(f"datamodule.cache must be none, ram or disk, got {self.cache!r}")
+        if self.cache == "none":
+            return
+        if self.verify == "none":
+            raise InputError("datamodule.cache needs to know the images' contents and sizes; leave out verify=none")
+        if not self.cache_shorter_side or self.cache_shorter_side < 1:
+            raise InputError(f"datamodule.cache_shorter_side must be 1 or more, got {self.cache_shorter_side}")
 
     # Lightning's side
 
@@ -206,10 +238,16 @@ class ClassificationDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of all splits."""
+        self._open_cache()
         transforms = {"train": self.train_transform, "val": self.val_transform, "test": self.test_transform}
         self._datasets = {
             split: self._image_dataset(self.index.split(split), transform) for split, transform in transforms.items()
         }
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Say how far the cache has come."""
+        if self._pixels is not None and stage == "fit":
+            log.info("cache: %d of %d images", self._pixels.num_ready, self._pixels.num_images)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of training images in an order drawn anew each epoch."""
@@ -223,8 +261,48 @@ class ClassificationDataModule(LightningDataModule):
         """Return batches of test images, or nothing where there are none."""
         return self._eval_loader("test")
 
-    def _image_dataset(self, index: ImageIndex, transform: Any) -> ImageDataset:
-        return ImageDataset(self.root, index, transform=transform, seed=self.seed)
+    def _open_cache(self) -> None:
+        if self.cache == "none" or self._pixels is not None:
+            return
+        table = self.index.table
+        from mlflow_ssl.datasets.pixels import PixelCache
+
+        self._pixels = PixelCache.open(
+            self.cache,
+            digests=column(table, "digest"),
+            widths=table["width"].to_numpy().astype(np.int64),
+            heights=table["height"].to_numpy().astype(np.int64),
+            shorter_side=self.cache_shorter_side or 1,
+        )
+        ready, all_images = self._pixels.num_ready, self._pixels.num_images
+        log.info("cache of %d images, %.1f GB: %d are there", all_images, self._pixels.nbytes / 1e9, ready)
+
+    def _image_dataset(self, index: ImageIndex, transform: Any, *, pixels: bool = False) -> ImageDataset:
+        return ImageDataset(
+            open_reader(self.sources, index.table),
+            index,
+            transform=transform,
+            seed=self.seed,
+            pixels=pixels,
+            on_bad_image=self.on_bad_image,
+            bad_images=self.bad_image_list,
+            decode_at_least=self.decode_at_least,
+            cache=None if self._pixels is None else self._pixels.rows(column(index.table, "digest")),
+        )
+
+    def example_image(self) -> npt.NDArray[np.uint8]:
+        """Return the first training image that can be read, as pixels ``(H, W, 3)``.
+
+        Raises:
+            RuntimeError: if there is none among the first few.
+        """
+        images = self._image_dataset(self.index.split("train"), None)
+        for row in range(min(len(images), 20)):
+            try:
+                return images.picture(row)
+            except (OSError, DecodeError) as error:
+                log.debug("no example: %s", error)
+        raise RuntimeError(f"none of the first training images can be read any more: {self.root}")
 
     def _eval_loader(self, split: str) -> Any:
         dataset: Any = self._datasets[split]
@@ -243,19 +321,35 @@ class ClassificationDataModule(LightningDataModule):
         return self._loader(dataset, sampler=sampler, drop_last=drop_last, persistent=True)
 
     def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        workers = min(
-            self.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _, world_size = _rank_and_world_size()
+        plan = plan_loading(
+            self.num_workers,
+            cores=usable_cores(),
+            processes=world_size,
+            gpu=torch.cuda.is_available(),
+            batch_bytes=self.batch_size * nbytes(self._specimen()),
+            free_bytes=free_memory(),
         )
+        if not self._said_loading:
+            self._said_loading = True
+            log.info("images are loaded %s", plan)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            num_workers=workers,
-            persistent_workers=persistent and workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=plan.workers,
+            prefetch_factor=plan.prefetch,
+            persistent_workers=persistent and plan.workers > 0,
+            pin_memory=plan.pinned,
+            collate_fn=collate,
             # its own: without workers a loader takes a number of the shared one every epoch, with them only once
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )
+
+    def _specimen(self) -> Any:
+        """Return a sample as large as those of the training."""
+        grey = np.full((64, 64, 3), 100, dtype=np.uint8)
+        return to_tensor(grey if self.train_transform is None else apply(self.train_transform, grey, draw=(0,)))
 
     # what a checkpoint holds
 
@@ -278,8 +372,15 @@ class ClassificationDataModule(LightningDataModule):
     # what a joblib dump holds
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a training: its trainer, and data sets with absolute paths."""
-        return self.__dict__ | {"trainer": None, "_datasets": {}, "_position": (0, 0)}
+        """Leave out what belongs to a training: its trainer, its cache, and data sets with absolute paths."""
+        left_out: dict[str, Any] = {
+            "trainer": None,
+            "bad_image_list": None,
+            "_pixels": None,
+            "_datasets": {},
+            "_position": (0, 0),
+        }
+        return self.__dict__ | left_out
 
 
 def _strings(words: Sequence[str] | str | None) -> list[str] | None:

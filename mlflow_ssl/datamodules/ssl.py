@@ -1,17 +1,22 @@
 """The same folder for self-supervised training."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mlflow_ssl.datamodules.classification import ClassificationDataModule
 from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
-from mlflow_ssl.datasets.splits import deal
+from mlflow_ssl.datasets.splits import SPLITS, deal
+from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.transforms import apply
 
 QUERY_SHARE = 0.3
 """Share of the validation split that is asked where the split also has to be the bank."""
@@ -22,11 +27,14 @@ class SSLDataModule(ClassificationDataModule):
 
     Training batches are ``((view_1, view_2), labels)``. Validation and test have two loaders each, of
     ``(images, labels)``: first the bank, which is the training images through the validation transform, then the
-    images to classify.
+    images to classify. Where the images are not of two classes at least, there is one loader, of the split's images.
 
     Args:
         data_path: see `ClassificationDataModule`.
         augmentation_dataset: draws the views; this module gives it images and seed.
+        device_transforms: what is done to the batches of each view on the training device, see
+            `mlflow_ssl.views.DeviceViews`; None where the loader's workers do all.
+        shuffle_buffer: images that a worker mixes where shards are streamed.
         split_validation: where the training images are of one class only, as in a folder of good parts, take 70 % of
             the validation split for the bank and classify the other 30 %.
         kwargs: see `ClassificationDataModule`.
@@ -38,9 +46,13 @@ class SSLDataModule(ClassificationDataModule):
         augmentation_dataset: TwoAugmentationDataset,
         *,
         split_validation: bool = True,
+        device_transforms: Sequence[Callable[..., Tensor]] | None = None,
+        shuffle_buffer: int = 2048,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_path, **kwargs)
+        self.device_transforms = list(device_transforms) if device_transforms is not None else None
+        self.shuffle_buffer = shuffle_buffer
         self.augmentation_dataset = augmentation_dataset
         self.split_validation = split_validation
 
@@ -57,7 +69,7 @@ class SSLDataModule(ClassificationDataModule):
 
     @property
     def queries(self) -> ImageIndex:
-        """The validation images to classify; none where the bank has less than two classes."""
+        """The validation images: those to classify, or all of them where there is no bank."""
         return self._bank_and_queries()[1]
 
     def evaluated_images(self, split: str) -> ImageDataset:
@@ -81,9 +93,10 @@ class SSLDataModule(ClassificationDataModule):
         bank, queries = self._bank_and_queries()
         self._datasets["bank"] = self._image_dataset(bank, self.val_transform)
         self._datasets["val"] = self._image_dataset(queries, self.val_transform)
-        train = self.index.split("train")
-        self.augmentation_dataset.dataset = ImageDataset(
-            self.root, train, transform=self.train_transform, seed=self.seed, pixels=True
+        if len(bank):
+            self._datasets["test"] = self._image_dataset(self.index.split("test").labelled(), self.test_transform)
+        self.augmentation_dataset.dataset = self._image_dataset(
+            self.index.split("train"), self.train_transform, pixels=True
         )
         self.augmentation_dataset.seed = self.seed
 
@@ -100,23 +113,33 @@ class SSLDataModule(ClassificationDataModule):
         return self._bank_then("test")
 
     def _bank_then(self, split: str) -> list[DataLoader[Any]]:
+        """Return the loaders of bank and images; that of the images alone where there is no bank."""
         bank: Any = self._datasets["bank"]
         images: Any = self._datasets[split]
-        return [self._loader(bank), self._loader(images)] if len(bank) and len(images) else []
+        return [self._loader(part) for part in (bank, images) if len(part)] if len(images) else []
 
     def _bank_and_queries(self) -> tuple[ImageIndex, ImageIndex]:
-        train, val = self.index.split("train"), self.index.split("val")
-        nothing = train.take(np.empty(0, dtype=np.int64))
-        if _num_classes(train) > 1:
-            return train, val
-        if not self.split_validation or _num_classes(val) < 2:
-            return nothing, nothing
-        paths, drawn = np.array(val.paths), dict[str, str]()
+        bank, val = self.index.split("train").labelled(), self.index.split("val")
+        nothing = bank.take(np.empty(0, dtype=np.int64))
+        if _num_classes(bank) > 1:
+            return bank, val.labelled()
+        if not self.split_validation or _num_classes(val.labelled()) < 2:
+            return nothing, val
+        val = val.labelled()
+        asked = np.zeros(len(val), dtype=bool)
         for label in np.unique(val.labels):
+            rows = np.flatnonzero(val.labels == label)
             shares = {"val": QUERY_SHARE, "train": 1 - QUERY_SHARE}
-            drawn |= deal(paths[val.labels == label].tolist(), shares, seed=self.seed)
-        asked = np.array([drawn[path] == "val" for path in val.paths])
+            dealt = deal(column(val.table, "path").take(pa.array(rows)), shares, seed=self.seed)
+            asked[rows] = dealt == SPLITS.index("val")
         return val.take(np.flatnonzero(~asked)), val.take(np.flatnonzero(asked))
+
+    def _specimen(self) -> Any:
+        """Return a sample as large as those of the training."""
+        grey = np.full((64, 64, 3), 100, dtype=np.uint8)
+        if self.train_transform is not None:
+            grey = apply(self.train_transform, grey, draw=(0,))
+        return copy.deepcopy(self.augmentation_dataset).views((grey, 0), (0, 0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the images that the views are drawn from."""

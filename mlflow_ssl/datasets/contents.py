@@ -1,6 +1,6 @@
 """What is in the image files: each is read, hashed and decoded once, and remembered from run to run.
 
-The memory is one Parquet file a data folder, below `cache_folder`. A file that has the size, the time of change and the
+The memory is one Parquet file a source, below `cache_folder`. A file that has the size, the time of change and the
 time of status change (``mtime``, ``ctime``) of last time is not read again. The inode is not asked: network file
 systems make up new ones at every mount.
 """
@@ -10,11 +10,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlflow_ssl.datasets.cache import cache_folder
-from mlflow_ssl.datasets.decode import decode
+from mlflow_ssl.datasets.decode import DecodeError, measure
+from mlflow_ssl.datasets.progress import Counting
+from mlflow_ssl.datasets.side_by_side import side_by_side
+from mlflow_ssl.datasets.sources.base import BadImage, Reader, Source
+from mlflow_ssl.datasets.tables import column, concat, pieces
 
 log = logging.getLogger(__name__)
 
@@ -33,122 +35,104 @@ RACY_NS = 2_000_000_000
 (FAT's is 2 s) and look the same: it is not remembered. Git's rule."""
 
 _STAMP = ("size", "mtime_ns", "ctime_ns")
+_CONTENT = [("digest", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
 _SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        *((name, pa.int64()) for name in _STAMP),
-        ("digest", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("reason", pa.string()),
-    ],
+    [("path", pa.large_string()), *((name, pa.int64()) for name in _STAMP), *_CONTENT, ("reason", pa.string())],
     # another Pillow may read other files, and count the format up where a column or `decode` changes its meaning
-    metadata={"mlflow_ssl.contents": "1", "pillow": PIL.__version__},
+    metadata={"mlflow_ssl.contents": "2", "pillow": PIL.__version__},
 )
+_READ = pa.schema([*_CONTENT, ("reason", pa.string())])
 
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """A file that looks like an image and cannot be read as one."""
-
-    path: str
-    reason: str
+_SHARE = 16
+"""Files that one call reads: a call in a thread costs 50 µs."""
 
 
 class _Content(NamedTuple):
-    """One file; it has no size where it could not be read at all, and a reason where it is no image."""
+    """One file: no image where there is a reason, and no digest where it could not be read at all."""
 
-    size: int | None = None
     digest: str | None = None
     width: int | None = None
     height: int | None = None
     reason: str | None = None
 
 
-def read_contents(root: Path, paths: Sequence[str]) -> tuple[pa.Table, list[BadImage]]:
+def read_contents(source: Source, found: pa.Table, *, max_pixels: int | None = None) -> tuple[pa.Table, list[BadImage]]:
     """Read every file that is new or has changed, side by side, and look the others up.
 
     A file is decoded here so that a broken one is known before the training begins and not hours into it.
 
     Args:
-        root: the data folder.
-        paths: relative paths below it, each once.
+        source: where the images are.
+        found: what its scan has found.
+        max_pixels: see `mlflow_ssl.datasets.decode.measure`.
 
     Returns:
-        The good files in the order of ``paths``, columns ``path``, ``size`` (bytes), ``digest`` (BLAKE2b of the
-        content, 32 hexadecimal digits), ``width`` and ``height`` (pixels, upright); and the bad ones.
+        The rows of the good files, with the columns ``digest`` (BLAKE2b of the content, 32 hexadecimal digits),
+        ``width`` and ``height`` (pixels, upright) behind; and the bad ones.
     """
-    root = root.resolve()
     started = time.time_ns()
-    stamps = _stamps(root, paths)
-    cached = _load(root)
-    rows = _find(cached, paths, stamps)
+    cached = _load(source.root)
+    rows = _find(cached, found)
     known, unknown = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
     recalled = cached.take(rows[known])
-    log.info("%d files, %d of them new or changed since they were last read", len(paths), len(unknown))
-    contents: list[_Content] = []
+    log.info("%d images, %d of them new or changed since they were last read", len(found), len(unknown))
+    new = found.take(unknown)
+    contents: list[pa.Table] = []
     try:
-        contents.extend(_read_files(root, [paths[number] for number in unknown.tolist()]))
+        for share in _read(source.reader(new), len(new), max_pixels=max_pixels):
+            contents.append(share)
     finally:  # an interrupted run, too, saves the next one what it has read
-        read = unknown[: len(contents)]
-        fresh = _tabulate([paths[number] for number in read.tolist()], stamps[read], contents)
-        lasting = fresh.filter(_lasting(fresh, stamps[read], started))
+        fresh = _with_contents(new, concat(contents, _READ))
+        lasting = fresh.filter(_lasting(fresh, started))
         if len(lasting):
-            _store(root, pa.concat_tables([recalled, lasting]), asked=paths)
-    table = pa.concat_tables([recalled, fresh]).take(np.argsort(np.concatenate([known, unknown])))
-    return _judge(table)
+            _store(source, pa.concat_tables([recalled, lasting]), asked=column(found, "path"))
+    together = pa.concat_tables([recalled, fresh]).take(np.argsort(np.concatenate([known, unknown])))
+    return _judge(found, together.combine_chunks())
 
 
-def _judge(table: pa.Table) -> tuple[pa.Table, list[BadImage]]:
-    good = pc.is_null(table["reason"])
-    bad = table.filter(pc.invert(good)).select(["path", "reason"]).to_pylist()
-    contents = table.filter(good).select(["path", "size", "digest", "width", "height"]).combine_chunks()
-    return contents, [BadImage(**image) for image in bad]
+def without_contents(found: pa.Table) -> pa.Table:
+    """Return the rows with empty columns ``digest``, ``width`` and ``height`` behind: nothing was read."""
+    for name, kind in _CONTENT:
+        found = found.append_column(name, pa.nulls(len(found), kind))
+    return found
+
+
+def _judge(found: pa.Table, contents: pa.Table) -> tuple[pa.Table, list[BadImage]]:
+    good = pc.is_null(contents["reason"])
+    bad = contents.filter(pc.invert(good)).select(["path", "reason"]).to_pylist()
+    for name, _ in _CONTENT:
+        found = found.append_column(name, contents[name])
+    return (found.filter(good).combine_chunks() if bad else found), [BadImage(**image) for image in bad]
 
 
 # the files
 
 
-def _stamps(root: Path, paths: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return size, mtime and ctime of every file, shape ``(N, 3)``; -1 where there is none any more."""
+def _read(reader: Reader, count: int, *, max_pixels: int | None) -> Iterator[pa.Table]:
+    """Yield what is in the files, in their order, as tables of schema `_READ`."""
 
-    def stamp(path: str) -> tuple[int, int, int]:
-        try:
-            found = os.stat(f"{root}/{path}")  # noqa: PTH116 a string is 10 times faster here
-        except OSError:
-            return -1, -1, -1
-        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    def read(rows: range) -> pa.Table:
+        return _tabulate([_read_file(reader, row, max_pixels=max_pixels) for row in rows])
 
-    return np.array(list(_side_by_side(stamp, paths, share=500)), dtype=np.int64).reshape(-1, 3)
-
-
-def _read_files(root: Path, paths: Sequence[str]) -> Iterator[_Content]:
-    return _side_by_side(lambda path: _read_file(root / path), paths, share=16)
+    with Counting("checking", "images", count) as counting:
+        for share in side_by_side(read, pieces(range(count), _SHARE)):  # reading, hashing and decoding free the lock
+            counting.advance(len(share))
+            yield share
 
 
-def _side_by_side(function: Callable[[str], _Result], paths: Sequence[str], *, share: int) -> Iterator[_Result]:
-    """Yield the function's results in order; a thread takes ``share`` paths at a time, as a task costs 50 µs."""
-    shares = [paths[start : start + share] for start in range(0, len(paths), share)]
-    with ThreadPoolExecutor() as pool:  # waiting, reading, hashing and decoding all release the interpreter lock
-        for results in pool.map(lambda share: [function(path) for path in share], shares):
-            yield from results
-
-
-def _read_file(file: Path) -> _Content:
+def _read_file(reader: Reader, row: int, *, max_pixels: int | None) -> _Content:
     try:
-        data = file.read_bytes()
+        data = reader[row]
     except OSError as error:
-        return _Content(reason=_one_line(error))
+        return _Content(reason=f"cannot be read: {error.strerror or error}")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     try:
-        height, width, _ = decode(data).shape
-    except MemoryError as error:  # of this machine, and not of the file
-        return _Content(reason=_one_line(error))
-    except Exception as error:
-        return _Content(len(data), digest, reason=_one_line(error))
-    return _Content(len(data), digest, width, height)
+        width, height = measure(data) if max_pixels is None else measure(data, max_pixels=max_pixels)
+    except DecodeError as error:
+        return _Content(digest, reason=str(error))
+    except MemoryError:  # of this machine, and not of the file
+        return _Content(reason="takes more memory to decode than this machine has")
+    return _Content(digest, width, height)
 
 
 def _one_line(error: Exception) -> str:
@@ -158,31 +142,38 @@ def _one_line(error: Exception) -> str:
 # the memory
 
 
-def _tabulate(paths: Sequence[str], stamps: npt.NDArray[np.int64], contents: Sequence[_Content]) -> pa.Table:
-    columns = {name: [getattr(content, name) for content in contents] for name in _Content._fields}
-    times = {"mtime_ns": stamps[:, 1], "ctime_ns": stamps[:, 2]}
-    return pa.table({"path": paths} | times | columns, schema=_SCHEMA)
+def _tabulate(contents: list[_Content]) -> pa.Table:
+    return pa.table(list(zip(*contents, strict=True)), schema=_READ)
 
 
-def _lasting(fresh: pa.Table, stamps: npt.NDArray[np.int64], started: int) -> npt.NDArray[np.bool_]:
-    """Return which files were read whole and had been left alone for long enough before that."""
-    sizes = fresh["size"].fill_null(-2).to_numpy()
-    lasting: npt.NDArray[np.bool_] = (sizes == stamps[:, 0]) & (stamps[:, 1:].max(axis=1) < started - RACY_NS)
+def _with_contents(new: pa.Table, contents: pa.Table) -> pa.Table:
+    """Return the memory's rows of the files that have been read: the first ones."""
+    read = new.slice(0, len(contents)).select(["path", *_STAMP])
+    for name in _READ.names:
+        read = read.append_column(name, contents[name])
+    return read.cast(_SCHEMA)
+
+
+def _lasting(fresh: pa.Table, started: int) -> npt.NDArray[np.bool_]:
+    """Return which files could be read and had been left alone for long enough before that."""
+    changed = np.maximum(fresh["mtime_ns"].to_numpy(), fresh["ctime_ns"].to_numpy())
+    readable = pc.is_valid(fresh["digest"]).to_numpy()
+    lasting: npt.NDArray[np.bool_] = readable & (changed < started - RACY_NS)
     return lasting
 
 
-def _find(cached: pa.Table, paths: Sequence[str], stamps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _find(cached: pa.Table, files: pa.Table) -> npt.NDArray[np.int64]:
     """Return the row of every file, shape ``(N,)``; -1 where it is not there or has another stamp."""
-    value_set = cached["path"].combine_chunks()
-    rows = pc.index_in(pa.array(paths, pa.string()), value_set=value_set).fill_null(-1).to_numpy().astype(np.int64)
+    value_set = column(cached, "path")
+    rows = pc.index_in(column(files, "path"), value_set=value_set).fill_null(-1).to_numpy().astype(np.int64)
     hits = rows >= 0
-    known = np.stack([cached[name].to_numpy() for name in _STAMP], axis=1)  # (M, 3)
-    hits[hits] = (known[rows[hits]] == stamps[hits]).all(axis=1)
+    for name in _STAMP:
+        hits[hits] = cached[name].to_numpy()[rows[hits]] == files[name].to_numpy()[hits]
     return np.where(hits, rows, -1)
 
 
 def _cache_file(root: Path) -> Path:
-    name = hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()
+    name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=16).hexdigest()
     return cache_folder() / "contents" / f"{name}.parquet"
 
 
@@ -199,14 +190,13 @@ def _load(root: Path) -> pa.Table:
     return table if table.schema.equals(_SCHEMA, check_metadata=True) else nothing
 
 
-def _store(root: Path, table: pa.Table, *, asked: Sequence[str]) -> None:
-    """Write the table, and of what is there the files that were not asked for and are as they were."""
-    there = _load(root)  # again: another run may have written meanwhile
-    others = there.filter(pc.invert(pc.is_in(there["path"], value_set=pa.array(asked, pa.string()))))
-    names = others["path"].to_pylist()
-    others = others.filter(_find(others, names, _stamps(root, names)) >= 0)
+def _store(source: Source, table: pa.Table, *, asked: pa.Array) -> None:
+    """Write the table, and of what is remembered the files that were not asked for and still exist."""
+    there = _load(source.root)  # again: another run may have written meanwhile
+    others = there.filter(pc.invert(pc.is_in(there["path"], value_set=asked)))
+    others = others.filter(pa.array(source.exist(column(others, "path"))))
     try:
-        file = _cache_file(root)
+        file = _cache_file(source.root)
         file.parent.mkdir(parents=True, exist_ok=True)
         # written beside and moved into place: nobody ever reads half of it
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:

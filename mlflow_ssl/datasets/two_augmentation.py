@@ -12,7 +12,7 @@ from mlflow_ssl.transforms import apply, to_tensor
 Views = tuple[tuple[Tensor, Tensor], int]
 
 
-class TwoAugmentationDataset(Dataset[Views]):
+class TwoAugmentationDataset(Dataset[Views | None]):
     """Decode an image once and draw two views of it, independently of each other.
 
     What is drawn depends on seed, epoch, image and view alone: not on workers, order or what was drawn before.
@@ -38,14 +38,23 @@ class TwoAugmentationDataset(Dataset[Views]):
         """Return the number of images."""
         return len(cast(Sized, self._source))
 
-    def __getitem__(self, key: int | Key) -> Views:
-        """Return ``((view_1, view_2), label)``, views of shape ``(C, H, W)``; a bare index means epoch 0."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, label = self._source[(epoch, index)]
+    def __getitem__(self, key: int | Key) -> Views | None:
+        """Return ``((view_1, view_2), label)``, views of shape ``(C, H, W)``; a bare index means epoch 0.
+
+        None stands for an image that cannot be read, where the data set gives nothing for it.
+        """
+        key = key if isinstance(key, tuple) else (0, key)
+        return self.views(self._source[key], key)
+
+    def views(self, sample: tuple[Any, int] | None, key: Key) -> Views | None:
+        """Return the views of an image ``(H, W, 3)`` and its class, as this data set does for a key."""
+        if sample is None:
+            return None
+        image, label = sample
         if isinstance(image, Tensor):  # the datamodule's train_transform ends with ToTensorV2
             image = image.permute(1, 2, 0).numpy()
         view_1, view_2 = (
-            to_tensor(apply(transform, image, draw=(self.seed, epoch, index, view)))
+            to_tensor(apply(transform, image, draw=(self.seed, *key, view)))
             for view, transform in enumerate(self.transform, start=1)
         )
         return (view_1, view_2), label

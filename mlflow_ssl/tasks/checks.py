@@ -15,6 +15,9 @@ from mlflow_ssl.transforms import apply, to_tensor
 
 log = logging.getLogger(__name__)
 
+LABEL_FREE = "embedding/rankme"
+"""The metric that the best checkpoint is chosen by where no image has a class."""
+
 
 def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
     """Check a resolved config against its data, and drop the choice of a best checkpoint where nothing can choose.
@@ -37,14 +40,29 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
             "lower it or add data"
         )
     _check_normalization(config, datamodule)
-    if not len(datamodule.queries) and config.callbacks.get("model_checkpoint"):
+    _choose_monitor(config, datamodule)
+
+
+def _choose_monitor(config: DictConfig, datamodule: SSLDataModule) -> None:
+    """Choose the best checkpoint without labels where there are none, or none where nothing can choose."""
+    best = config.callbacks.get("model_checkpoint")
+    if best is None or best.get("monitor") != "val_acc" or (len(datamodule.bank) and len(datamodule.queries)):
+        return
+    if len(datamodule.queries) and config.callbacks.get("embedding_rank"):
         log.warning(
-            "no val_acc in this run: the data have %d class(es) and %d validation images; the last checkpoint is "
-            "tested and exported",
-            len(datamodule.classes),
-            len(datamodule.index.split("val")),
+            "no val_acc in this run, since the images have no two classes: the best checkpoint is the one with the "
+            "highest %s, the effective rank of the validation images' embeddings",
+            LABEL_FREE,
         )
-        config.callbacks.model_checkpoint = None
+        best.monitor, best.mode = LABEL_FREE, "max"
+        return
+    log.warning(
+        "no val_acc in this run: the data have %d class(es) and %d validation images; the last checkpoint is tested "
+        "and exported",
+        len(datamodule.classes),
+        len(datamodule.index.split("val")),
+    )
+    config.callbacks.model_checkpoint = None
 
 
 def _check_normalization(config: DictConfig, datamodule: SSLDataModule) -> None:

@@ -8,7 +8,6 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from mlflow_ssl.callbacks.embeddings import Evaluated
 from mlflow_ssl.datamodules import SSLDataModule
-from mlflow_ssl.datasets.decode import read_image
 from mlflow_ssl.export import DeploymentNetwork, ModelCard, export_network
 from mlflow_ssl.methods import SSLMethod
 from mlflow_ssl.tracking.packaging import LabelledEmbeddings, Registration, package_network
@@ -64,7 +63,7 @@ def deploy(
             ),
             transform=datamodule.val_transform,
             bank=_bank(evaluated, card.classes),
-            example=read_image(datamodule.root / datamodule.index.split("train").paths[0]),
+            example=datamodule.example_image(),
         )
     return run.registered_version(package, patience=config.tracking.wait_at_end_seconds)
 

@@ -1,7 +1,6 @@
 """The output folder of a run: what is written there, and its log."""
 
 import contextlib
-import csv
 import logging
 import os
 import time
@@ -11,9 +10,12 @@ from pathlib import Path
 import joblib
 
 from mlflow_ssl.datamodules import ClassificationDataModule
+from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.secret import RedactingFormatter
 from mlflow_ssl.tracking.lifecycle import is_first_process
+
+BAD_IMAGES = "bad_images.csv"
 
 _SHARED = "MLFLOW_SSL_OUTPUT_DIR"
 """Tells the other processes of a distributed training where the first one writes."""
@@ -83,11 +85,9 @@ def _console_handler() -> logging.Handler:
 
 
 def write_data(datamodule: ClassificationDataModule, folder: Path) -> None:
-    """Write the datamodule, its splits as text, and the images left out, with the reasons."""
+    """Write the index, the datamodule, its splits as text, and the images left out, with the reasons."""
     folder.mkdir(exist_ok=True)
+    datamodule.index.write_parquet(folder / "index.parquet")
     datamodule.index.write_csv(folder / "splits.csv")
     joblib.dump(datamodule, folder / "datamodule.joblib")
-    with (folder / "bad_images.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "reason"])
-        writer.writerows((image.path, image.reason) for image in datamodule.bad_images)
+    BadImageList(folder / BAD_IMAGES).start(datamodule.bad_images)

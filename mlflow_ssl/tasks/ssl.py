@@ -15,12 +15,13 @@ from pytorch_lightning.utilities import rank_zero_only
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.config import build, write_composed, write_resolved
 from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.machine import settle
 from mlflow_ssl.methods import SSLMethod
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.tasks.checks import fit_to_data, warn_of_demonstration
 from mlflow_ssl.tasks.deploy import deploy
-from mlflow_ssl.tasks.output import open_output, write_data
+from mlflow_ssl.tasks.output import BAD_IMAGES, open_output, write_data
 from mlflow_ssl.tasks.resume import find_start
 from mlflow_ssl.tasks.summary import Outcome, closing_words, data_words
 from mlflow_ssl.tracking.dataset import split_datasets
@@ -81,6 +82,7 @@ class SSL:
                 warn_of_demonstration(config, datamodule)
                 if start.run_id:
                     log.info("going on with run %s from %s", start.run_id, start.checkpoint or "its beginning")
+                datamodule.bad_image_list = BadImageList(output / "data" / BAD_IMAGES)
                 self._describe(run, config, datamodule, output)
                 seed_everything(config.core.seed, workers=True, verbose=False)
                 method: SSLMethod = build(config.model)

@@ -127,6 +127,7 @@ class ImageFolderDataset(Dataset):
             "total_bytes": int(table["size"].to_numpy().sum()),
             "width": _spread(table["width"]),
             "height": _spread(table["height"]),
+            "digest_of": "contents" if self.index.verified else "sizes and times",
             "num_bad_images": self.num_bad_images,
             "classes": dict(Counter(classes).most_common(LISTED_CLASSES)),
         }
@@ -200,8 +201,10 @@ def _absolute(path: str) -> str:
     return f"file://{host}{parts.path}" if host not in ("", "localhost") else os.path.abspath(unquote(parts.path))  # noqa: PTH100
 
 
-def _spread(pixels: "pa.ChunkedArray") -> dict[str, int]:
+def _spread(pixels: "pa.ChunkedArray") -> dict[str, int] | None:
     import pyarrow.compute as pc
 
+    if pixels.null_count == len(pixels):  # nobody has looked
+        return None
     low, median, high = pc.quantile(pixels, q=[0, 0.5, 1], interpolation="lower").to_pylist()
     return {"min": low, "median": median, "max": high}

@@ -28,7 +28,8 @@ def test_the_logged_rate_is_the_one_that_the_step_used():
 
 
 def test_the_speed_is_images_of_the_window_by_its_seconds(monkeypatch):
-    ticks = iter([-9.0, 0.0, 1.0, 2.0, 4.0, 8.0])  # the training begins, then its epoch
+    # the training begins, then its epoch, then each step and its end
+    ticks = iter([-9.0, 0.0, *(0.5, 1.0), *(1.5, 2.0), *(3.0, 4.0), *(5.0, 8.0)])
     monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(ticks))
     logged = Logged("train/images_per_second")
     fit(tiny_method(), pairs(4, batch_size=6), max_epochs=1, callbacks=[StepMetrics(window=2), logged])
@@ -36,9 +37,17 @@ def test_the_speed_is_images_of_the_window_by_its_seconds(monkeypatch):
 
 
 def test_the_speed_begins_anew_with_each_epoch(monkeypatch):
-    # an hour passes at every third look at the clock: between two epochs of two steps
-    ticks = chain([-9.0], (3600.0 * (n // 3) + n % 3 for n in count()))
+    # an hour passes at every fifth look at the clock: between two epochs of two steps
+    ticks = chain([-9.0], (3600.0 * (n // 5) + n % 5 / 2 for n in count()))
     monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(ticks))
     logged = Logged("train/images_per_second")
     fit(tiny_method(), pairs(2, batch_size=6), max_epochs=2, callbacks=[StepMetrics(), logged])
     assert logged.values == pytest.approx([6.0] * 4)
+
+
+def test_the_share_of_time_that_data_were_waited_for_is_of_the_window(monkeypatch):
+    ticks = iter([-9.0, 0.0, *(0.5, 1.0), *(1.0, 2.0), *(3.0, 4.0), *(4.0, 8.0)])
+    monkeypatch.setattr(step_metrics.time, "perf_counter", lambda: next(ticks))
+    logged = Logged("train/data_wait_share")
+    fit(tiny_method(), pairs(4), max_epochs=1, callbacks=[StepMetrics(window=2), logged])
+    assert logged.values == pytest.approx([0.5 / 1, 0.5 / 2, 1 / 3, 1 / 6])

@@ -169,7 +169,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     datamodule = ClassificationDataModule(str(tmp_path), val_size=0.2, test_size=0.2)
     assert datamodule.classes == []
-    assert set(datamodule.index.labels.tolist()) == {0}
+    assert set(datamodule.index.labels.tolist()) == {-1}
     assert counts(datamodule) == {"train": 3, "val": 1, "test": 1}
 
 
@@ -372,13 +372,13 @@ def test_an_empty_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_a_folder_without_one_readable_image_is_refused(tmp_path, on_bad_image):
     (tmp_path / "x.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"data_path holds 1 images and none can be decoded: /"):
+    with pytest.raises(InputError, match=r"data_path holds 1 images and none can be read: the first is /"):
         _ = ClassificationDataModule(str(tmp_path), on_bad_image=on_bad_image).index
 
 
 def test_an_image_that_cannot_be_decoded_is_named(module, tmp_path):
     (tmp_path / "images" / "a" / "bad.jpg").write_bytes(b"no\nimage")
-    with pytest.raises(InputError, match=r"^1 of 31 images cannot be decoded, the first is .*/a/bad\.jpg \(") as caught:
+    with pytest.raises(InputError, match=r"^1 of 31 images cannot be read, the first is .*/a/bad\.jpg \(") as caught:
         _ = module().index
     assert "datamodule.on_bad_image=skip" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -402,9 +402,9 @@ def test_a_split_file_may_name_an_image_that_is_skipped(module, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"on_bad_image": "ignore"}, r"^datamodule\.on_bad_image must be error or skip, got 'ignore'$"),
+        ({"on_bad_image": "ignore"}, r"^datamodule\.on_bad_image must be error, skip or replace, got 'ignore'$"),
         ({"batch_size": 1}, r"^datamodule\.batch_size must be at least 2, got 1$"),
-        ({"num_workers": -1}, r"^datamodule\.num_workers must be 0 or more, got -1$"),
+        ({"num_workers": -1}, r"^datamodule\.num_workers must be auto, or 0 or more, got -1$"),
         ({"val_size": 1.5}, r"^datamodule\.val_size must be in \[0, 1\), got 1\.5$"),
         ({"val_size": 0.6, "test_size": 0.6}, r"^datamodule\.val_size \+ test_size must leave images to train on"),
     ],
@@ -415,7 +415,7 @@ def test_options_out_of_range_are_refused(module, option, message):
 
 
 def test_sizes_and_split_files_are_checked_before_any_image_is_read(module, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlflow_ssl.datamodules.classification.read_contents", lambda *_: pytest.fail("too early"))
+    monkeypatch.setattr("mlflow_ssl.datasets.assembly.read_contents", lambda *_: pytest.fail("too early"))
     write_split(tmp_path / "images", "test.txt", ["a/gone.png"])
     for options, message in (({"val_size": 1.5}, "val_size"), ({}, r"missing file: a/gone\.png")):
         with pytest.raises(InputError, match=message):

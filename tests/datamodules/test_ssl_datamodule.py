@@ -137,8 +137,8 @@ def test_another_seed_draws_other_views_of_the_same_images(module, tmp_path):
 
 def test_an_image_is_decoded_once_for_both_views(module, monkeypatch):
     decoded = []
-    read = image.read_image
-    monkeypatch.setattr(image, "read_image", lambda path: decoded.append(path) or read(path))
+    decode = image.decode
+    monkeypatch.setattr(image, "decode", lambda data, **options: decoded.append(data) or decode(data, **options))
     datamodule = module()
     datamodule.setup("fit")
     for _ in datamodule.train_dataloader():
@@ -229,20 +229,24 @@ def test_an_empty_split_has_no_loaders(module, val_size, test_size, expected):
 def test_one_class_gives_no_bank_and_no_queries(image_folder):
     datamodule = ssl(image_folder({"good": 20}, size=8))
     datamodule.setup()
-    assert len(datamodule.index.split("val")) == 4
-    assert len(datamodule.bank) == len(datamodule.queries) == 0
-    assert datamodule.val_dataloader() == datamodule.test_dataloader() == []
+    assert len(datamodule.bank) == 0
+    assert datamodule.queries.paths == datamodule.index.split("val").paths
+    for loaders in (datamodule.val_dataloader(), datamodule.test_dataloader()):
+        (loader,) = loaders
+        assert sum(len(images) for images, _ in loader) == 4
     assert len(list(datamodule.train_dataloader())) == 3
 
 
-def test_images_without_classes_give_no_bank_and_no_queries(tmp_path):
+def test_images_without_classes_give_one_loader_of_the_images_to_look_at(tmp_path):
     for number in range(20):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     datamodule = ssl(tmp_path)
     datamodule.setup()
-    assert len(datamodule.index.split("val")) == 4
-    assert len(datamodule.bank) == len(datamodule.queries) == 0
-    assert datamodule.val_dataloader() == datamodule.test_dataloader() == []
+    assert len(datamodule.bank) == 0
+    assert datamodule.queries.paths == datamodule.index.split("val").paths
+    for loaders in (datamodule.val_dataloader(), datamodule.test_dataloader()):
+        (loader,) = loaders
+        assert sum(len(images) for images, _ in loader) == 4
 
 
 def test_one_training_class_splits_the_validation_images_into_bank_and_queries(good_parts):
@@ -267,14 +271,16 @@ def test_the_division_of_the_validation_images_depends_on_the_seed_alone(good_pa
 def test_the_validation_images_are_left_whole_where_the_user_says_so(good_parts):
     datamodule = good_parts(split_validation=False)
     datamodule.setup()
-    assert len(datamodule.bank) == len(datamodule.queries) == 0
-    assert datamodule.val_dataloader() == datamodule.test_dataloader() == []
+    assert len(datamodule.bank) == 0
+    assert datamodule.queries.paths == datamodule.index.split("val").paths
+    assert len(datamodule.val_dataloader()) == 1
 
 
 def test_one_validation_class_is_nothing_to_recognize(good_parts):
     datamodule = good_parts(exclude_filter=["val/bad/"])
     datamodule.setup()
-    assert datamodule.val_dataloader() == []
+    assert len(datamodule.bank) == 0
+    assert len(datamodule.val_dataloader()) == 1
 
 
 def test_split_validation_changes_nothing_where_training_has_classes(module):

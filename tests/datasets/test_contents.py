@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from mlflow_ssl.datasets import contents
-from mlflow_ssl.datasets.contents import BadImage, read_contents
+from mlflow_ssl.datasets.sources import BadImage, FolderSource
+from mlflow_ssl.datasets.walk import look
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +34,23 @@ def patient(monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """Return the bytes that are decoded from here on."""
-    seen, decode = [], contents.decode
+    seen, measure = [], contents.measure
 
     def noting(data):
         seen.append(data)
-        return decode(data)
+        return measure(data)
 
-    monkeypatch.setattr(contents, "decode", noting)
+    monkeypatch.setattr(contents, "measure", noting)
     return seen
+
+
+def read_contents(root, names):
+    """Return the contents of some files, as if a scan had found just these, and the bad ones."""
+    source = FolderSource(root)
+    found, missing = look(str(root), "", names)
+    found = found.append_column("offset", [np.zeros(len(found), dtype=np.int64)])
+    good, bad = contents.read_contents(source, found)
+    return good, [*missing, *bad]
 
 
 def tick():
@@ -76,7 +86,7 @@ def test_good_files_come_with_digest_and_sizes_and_bad_ones_with_a_reason(image_
     shutil.copy(root / "a" / "000.png", root / "a" / "copy.png")
     write(root / "a" / "wide.png", size=(10, 30))
     good, bad = read_contents(root, paths(root))
-    assert good.column_names == ["path", "size", "digest", "width", "height"]
+    assert good.column_names[-3:] == ["digest", "width", "height"]
     rows = {row["path"]: row for row in good.to_pylist()}
     assert list(rows) == ["a/000.png", "a/001.png", "a/002.png", "a/copy.png", "a/wide.png"]
     assert {path: row["size"] for path, row in rows.items()} == {path: (root / path).stat().st_size for path in rows}
@@ -86,7 +96,7 @@ def test_good_files_come_with_digest_and_sizes_and_bad_ones_with_a_reason(image_
     assert (rows["a/000.png"]["width"], rows["a/000.png"]["height"]) == (8, 8)
     assert (rows["a/wide.png"]["width"], rows["a/wide.png"]["height"]) == (30, 10)
     assert [image.path for image in bad] == ["a/bad.png"]
-    assert bad[0].reason.startswith("UnidentifiedImageError: ")
+    assert bad[0].reason
     assert "\n" not in bad[0].reason
 
 
@@ -221,10 +231,7 @@ def test_a_file_that_cannot_be_read_is_bad_and_not_remembered(image_folder, cach
     (root / "a" / "gone.png").symlink_to(root / "nowhere.png")
     (root / "a" / "folder.png").mkdir()
     _, bad = read_contents(root, ["a/000.png", "a/folder.png", "a/gone.png"])
-    assert [(image.path, image.reason.split(":")[0]) for image in bad] == [
-        ("a/folder.png", "IsADirectoryError"),
-        ("a/gone.png", "FileNotFoundError"),
-    ]
+    assert [image.path for image in bad] == ["a/folder.png", "a/gone.png"]
     tick()
     read_contents(root, ["a/000.png", "a/folder.png", "a/gone.png"])
     assert stored(cache)["path"].to_pylist() == ["a/000.png"]
@@ -236,11 +243,12 @@ def test_a_lack_of_memory_is_not_held_against_the_file(image_folder, monkeypatch
     tick()
     with monkeypatch.context() as patch:
 
-        def full(data):
+        def full(data, **limits):
             raise MemoryError
 
-        patch.setattr(contents, "decode", full)
-        assert [image.reason for image in read(root)[1]] == ["MemoryError:"]
+        patch.setattr(contents, "measure", full)
+        reasons = [image.reason for image in read(root)[1]]
+        assert reasons == ["takes more memory to decode than this machine has"]
     assert read(root)[1] == []
 
 
@@ -255,7 +263,10 @@ def test_files_left_out_this_time_are_remembered_and_deleted_ones_forgotten(imag
     decoded.clear()
     read_contents(root, ["a/000.png", "a/001.png", "a/new.png"])
     assert len(decoded) == 1
-    assert sorted(stored(cache)["path"].to_pylist()) == ["a/000.png", "a/001.png", "a/new.png", "b/000.png"]
+    assert sorted(stored(cache)["path"].to_pylist()) == [
+        *("a/000.png", "a/001.png", "a/new.png"),
+        *("b/000.png", "b/001.png"),  # the latter with the stamp of old: it would be read again
+    ]
 
 
 @pytest.mark.usefixtures("patient")
@@ -264,10 +275,10 @@ def test_an_interrupted_run_leaves_what_it_has_read(image_folder, monkeypatch, d
     tick()
     read_file = contents._read_file
 
-    def stopping(file):
-        if file.name == "090.png":
+    def stopping(reader, row, **limits):
+        if row == 90:
             raise KeyboardInterrupt
-        return read_file(file)
+        return read_file(reader, row, **limits)
 
     with monkeypatch.context() as patch:
         patch.setattr(contents, "_read_file", stopping)

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from mlflow_ssl.datasets.cache import cache_folder
-from mlflow_ssl.datasets.decode import read_image
+from mlflow_ssl.datasets.decode import decode
 from mlflow_ssl.datasets.embedded import digits_folder
 
 
@@ -27,7 +27,7 @@ def test_the_digits_are_the_published_ones_by_class(digits):
     assert [int(file.parent.name) for file in files] == published.target.tolist()
     for number in (0, 7, 1796):
         expected = np.round(published.images[number] * 255 / 16)
-        np.testing.assert_array_equal(read_image(files[number]), np.stack([expected] * 3, axis=-1))
+        np.testing.assert_array_equal(decode(files[number].read_bytes()), np.stack([expected] * 3, axis=-1))
 
 
 def test_the_digits_are_written_once(digits, caplog):

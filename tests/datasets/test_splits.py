@@ -1,15 +1,39 @@
 from collections import Counter, defaultdict
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_ssl.datasets.splits import deal, draw_splits, read_split_files
+from mlflow_ssl.datasets import splits
+from mlflow_ssl.datasets.splits import SPLITS
+from mlflow_ssl.datasets.tables import encode
 from mlflow_ssl.errors import InputError
 
 SEEDS = st.integers(0, 2**32 - 1)
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40), min_size=1)
 SIZES = st.tuples(st.floats(0, 0.9), st.floats(0, 0.9)).filter(lambda sizes: sum(sizes) < 0.99)
+
+
+def named(paths, numbers):
+    """Return path to split, of those that are in one."""
+    return {path: SPLITS[number] for path, number in zip(paths, numbers.tolist(), strict=True) if number >= 0}
+
+
+def array(paths):
+    return pa.array(list(paths), pa.large_string())
+
+
+def draw_splits(classes, **options):
+    return named(classes, splits.draw_splits(array(classes), encode(list(classes.values())), **options))
+
+
+def deal(paths, shares, **options):
+    return named(paths, splits.deal(array(paths), shares, **options))
+
+
+def read_split_files(root, files, *, known, **options):
+    return named(known, splits.read_split_files(root, files, known=array(known), **options))
 
 
 def images(counts):

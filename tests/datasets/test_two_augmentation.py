@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from mlflow_ssl.datasets import EpochSampler, ImageDataset, TwoAugmentationDataset, image
 from mlflow_ssl.datasets.index import ImageIndex
+from mlflow_ssl.datasets.sources.folder import FileReader
 
 CROP = A.Compose([A.RandomResizedCrop(size=(8, 8)), A.HorizontalFlip(p=0.5), A.ColorJitter(p=0.8)])
 
@@ -17,8 +18,9 @@ CROP = A.Compose([A.RandomResizedCrop(size=(8, 8)), A.HorizontalFlip(p=0.5), A.C
 def images(image_folder):
     root = image_folder({"a": 4, "b": 5}, size=12)
     paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
-    labels = pa.array([int(path.startswith("b")) for path in paths], pa.int64())
-    return ImageDataset(root, ImageIndex(pa.table({"path": paths, "label": labels})), pixels=True)
+    labels = pa.array([int(path.startswith("b")) for path in paths], pa.int32())
+    table = pa.table({"path": pa.array(paths, pa.large_string()), "label": labels})
+    return ImageDataset(FileReader(root, table["path"].combine_chunks()), ImageIndex(table), pixels=True)
 
 
 def test_an_item_is_two_views_and_the_class(images):
@@ -91,12 +93,12 @@ def test_a_bare_number_means_epoch_0(images):
 
 def test_an_image_is_decoded_once_for_both_views(images, monkeypatch):
     decoded = []
-    read = image.read_image
-    monkeypatch.setattr(image, "read_image", lambda path: decoded.append(path) or read(path))
+    decode = image.decode
+    monkeypatch.setattr(image, "decode", lambda data, **options: decoded.append(data) or decode(data, **options))
     dataset = TwoAugmentationDataset(CROP, images)
     for number in range(3):
         dataset[(0, number)]
-    assert [path.name for path in decoded] == ["000.png", "001.png", "002.png"]
+    assert decoded == [images.reader[row] for row in range(3)]
 
 
 def test_the_first_view_cannot_change_what_the_second_is_drawn_from(images):

@@ -164,7 +164,7 @@ UNKNOWN = [
     "mlflow_sslx.thing",
     "hydra.utils.instantiate",
     # through the modules that known ones import
-    "mlflow_ssl.datamodules.classification.os.system",
+    "mlflow_ssl.datasets.contents.os.system",
     "mlflow_ssl.tasks.ssl.torch.load",
     "torch.nn.modules.module.torch.hub.load",
     "albumentations.core.serialization.yaml.load",

@@ -104,6 +104,7 @@ def test_the_profile_counts_images_classes_splits_and_bytes(folder):
         "total_bytes": sum(file.stat().st_size for file in files),
         "width": {"min": 8, "median": 8, "max": 8},
         "height": {"min": 8, "median": 8, "max": 8},
+        "digest_of": "contents",
         "num_bad_images": 1,
         "classes": {"cat": 3, "dog": 3},
     }

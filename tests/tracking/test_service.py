@@ -12,7 +12,7 @@ import torch
 from packages import MEAN, STD, bank, noise, package, resnet, tiny_network, validation_transform, write_every_mode
 from PIL import Image
 
-from mlflow_ssl.datasets.decode import read_image
+from mlflow_ssl.datasets.decode import decode
 from mlflow_ssl.transforms import apply, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow warns about its own type hints
@@ -41,7 +41,7 @@ def backbone():
 @torch.no_grad()
 def embedded(backbone, file):
     """Return the embedding of a file as the training's validation makes it."""
-    normalized = to_tensor(apply(validation_transform(), read_image(file), draw=(42, 0, 7, 0)))
+    normalized = to_tensor(apply(validation_transform(), decode(file.read_bytes()), draw=(42, 0, 7, 0)))
     return backbone(normalized[None])[0]
 
 
@@ -81,7 +81,7 @@ def test_all_ways_to_send_a_file_are_one(service, files):
 
 
 def test_pixels_get_the_preprocessing_of_files(service, files, backbone):
-    pixels = np.stack([read_image(files[0])] * 2)
+    pixels = np.stack([decode(files[0].read_bytes())] * 2)
     expected = embedded(backbone, files[0])
     for sent in (pixels, pixels.tolist(), list(pixels.astype(np.int64))):
         assert (cosine(service.predict(sent), expected) >= 0.9999).all()

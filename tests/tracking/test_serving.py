@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from packages import noise, package, resnet, validation_transform, write_every_mode
 from servers import free_port
 
-from mlflow_ssl.datasets.decode import read_image
+from mlflow_ssl.datasets.decode import decode
 from mlflow_ssl.tracking.registry import register_package
 from mlflow_ssl.transforms import apply, to_tensor
 
@@ -115,7 +115,7 @@ def coded(data):
 @torch.no_grad()
 def embedded(backbone, file):
     """Return the embedding of a file as the training's validation makes it."""
-    normalized = to_tensor(apply(validation_transform(), read_image(file), draw=(42, 0, 7, 0)))
+    normalized = to_tensor(apply(validation_transform(), decode(file.read_bytes()), draw=(42, 0, 7, 0)))
     return backbone(normalized[None])[0]
 
 

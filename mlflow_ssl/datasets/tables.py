@@ -1,0 +1,71 @@
+"""Arrow tables put together piece by piece, so that a million rows are never a million Python objects."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Return the rows of all tables in one chunk a column, dictionaries unified."""
+    return pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries().combine_chunks()
+
+
+def column(table: pa.Table, name: str) -> pa.Array:
+    """Return a column as one array."""
+    found = table[name].combine_chunks()
+    return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
+
+
+def encode(values: Any) -> pa.DictionaryArray:
+    """Return strings dictionary-encoded, as few names stand for many rows."""
+    array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, pa.string())
+    if pa.types.is_dictionary(array.type):
+        return array
+    encoded = pc.dictionary_encode(pc.cast(array, pa.string()))
+    return encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+
+
+def constant(value: str, length: int) -> pa.DictionaryArray:
+    """Return one string ``length`` times."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(length, dtype=np.int32)), pa.array([value], pa.string()))
+
+
+def codes(names: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Return a number for each row, and the names by number, sorted.
+
+    Example:
+        >>> codes(encode(["b", "a", "b"]))
+        (array([1, 0, 1]), ['a', 'b'])
+    """
+    names = encode(names)
+    present = sorted(pc.unique(names).to_pylist())
+    numbers = pc.index_in(names.dictionary, value_set=pa.array(present, pa.string())).fill_null(-1)
+    indices = names.indices.to_numpy(zero_copy_only=False)
+    return numbers.to_numpy(zero_copy_only=False).astype(np.int64)[indices], present
+
+
+def decoded(names: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Return dictionary-encoded names as plain strings."""
+    plain = pc.cast(names, pa.string())
+    return plain.combine_chunks() if isinstance(plain, pa.ChunkedArray) else plain
+
+
+def keep(rows: Any, kept: npt.NDArray[np.bool_]) -> Any:
+    """Return the rows of a table or an array where ``kept`` is true; without a copy if it is true everywhere."""
+    return rows if kept.all() else rows.filter(pa.array(kept))
+
+
+def sort_by_path(table: pa.Table) -> pa.Table:
+    """Return the rows sorted by their path, as bytes."""
+    paths = column(table, "path")
+    return table.take(pc.sort_indices(paths)).combine_chunks()
+
+
+def pieces(rows: Sequence[int] | npt.NDArray[np.int64], size: int) -> Iterable[Any]:
+    """Yield consecutive pieces of at most ``size`` rows."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
