@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from mlflow_ssl.datamodules.loading import collate, free_memory, nbytes, plan_loading, usable_cores
 from mlflow_ssl.datasets import EpochSampler, ImageDataset
 from mlflow_ssl.datasets.assembly import Assembly
-from mlflow_ssl.datasets.bad_images import POLICIES, BadImageList
+from mlflow_ssl.datasets.bad_images import POLICIES, BadImage, BadImageList
 from mlflow_ssl.datasets.decode import DecodeError
 from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.naming import check_naming
-from mlflow_ssl.datasets.sources import BadImage, FolderSource, Source, open_source
+from mlflow_ssl.datasets.sources import FolderSource, Source, open_source
 from mlflow_ssl.datasets.sources.parts import open_reader
 from mlflow_ssl.datasets.splits import check_sizes
 from mlflow_ssl.datasets.tables import column

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.contents import read_contents, without_contents
 from mlflow_ssl.datasets.index import ImageIndex, concat_indexes, leaks, make_index, without_copies
-from mlflow_ssl.datasets.sources import BadImage, Found, Source
+from mlflow_ssl.datasets.sources import Found, Source
 from mlflow_ssl.datasets.splits import SPLITS, Splits, draw_splits, read_split_files
 from mlflow_ssl.datasets.tables import codes, column, keep
 from mlflow_ssl.errors import InputError

@@ -4,9 +4,8 @@ import csv
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-from mlflow_ssl.datasets.sources.base import BadImage
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +15,14 @@ BAD_LABEL = -2
 """Label of an image that was to be evaluated and could not be read; `UNLABELLED` is -1."""
 
 _HEADER = ["path", "reason"]
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that looks like an image and cannot be read as one."""
+
+    path: str
+    reason: str
 
 
 class BadImageList:

@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.cache import cache_folder
 from mlflow_ssl.datasets.decode import DecodeError, measure
 from mlflow_ssl.datasets.progress import Counting
 from mlflow_ssl.datasets.side_by_side import side_by_side
-from mlflow_ssl.datasets.sources.base import BadImage, Reader, Source
+from mlflow_ssl.datasets.sources.base import Reader, Source
 from mlflow_ssl.datasets.tables import column, concat, pieces
 
 log = logging.getLogger(__name__)

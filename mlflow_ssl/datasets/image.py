@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImageList
+from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImage, BadImageList
 from mlflow_ssl.datasets.decode import DecodeError, decode
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.sampler import Key
-from mlflow_ssl.datasets.sources.base import BadImage, Reader
+from mlflow_ssl.datasets.sources.base import Reader
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.transforms import apply, to_tensor
 

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.contents import read_contents
-from mlflow_ssl.datasets.sources.base import BadImage
 from mlflow_ssl.datasets.sources.folder import FolderSource
 from mlflow_ssl.datasets.splits import SPLITS
 from mlflow_ssl.datasets.tables import codes, column, decoded, encode, keep, pieces

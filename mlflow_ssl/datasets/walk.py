@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.decode import EXTENSIONS
 from mlflow_ssl.datasets.progress import Counting
 from mlflow_ssl.datasets.side_by_side import side_by_side_if_slow
-from mlflow_ssl.datasets.sources.base import BadImage
 from mlflow_ssl.datasets.tables import concat, sort_by_path
 
 FILES = pa.schema(

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from mlflow_ssl.datasets import contents
-from mlflow_ssl.datasets.sources import BadImage, FolderSource
+from mlflow_ssl.datasets.bad_images import BadImage
+from mlflow_ssl.datasets.sources import FolderSource
 from mlflow_ssl.datasets.walk import look
 
 

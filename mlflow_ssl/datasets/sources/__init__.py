@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlflow_ssl.datasets.sources.base import FOUND, BadImage, Found, Reader, Source
+from mlflow_ssl.datasets.sources.base import FOUND, Found, Reader, Source
 from mlflow_ssl.datasets.sources.folder import FolderSource
 from mlflow_ssl.datasets.sources.listing import ENDINGS, ListSource
 from mlflow_ssl.errors import InputError
 
-__all__ = ["FOUND", "BadImage", "FolderSource", "Found", "ListSource", "Reader", "Source", "open_source"]
+__all__ = ["FOUND", "FolderSource", "Found", "ListSource", "Reader", "Source", "open_source"]
 
 
 def open_source(

@@ -1,13 +1,14 @@
 """What every source of images has in common: a table of what there is, and bytes by row."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from mlflow_ssl.datasets.bad_images import BadImage
 
 FOUND = pa.schema(
     [
@@ -26,14 +27,6 @@ FOUND = pa.schema(
 ``size`` is in bytes, ``mtime_ns`` and ``ctime_ns`` are the file's times of change and of status change; ``offset`` is
 where the image begins in a file that holds several, 0 elsewhere.
 """
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """A file that looks like an image and cannot be read as one."""
-
-    path: str
-    reason: str
 
 
 class Found(NamedTuple):

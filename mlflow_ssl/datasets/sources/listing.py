@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.progress import Counting
 from mlflow_ssl.datasets.side_by_side import side_by_side_if_slow
-from mlflow_ssl.datasets.sources.base import FOUND, BadImage, Found, Source
+from mlflow_ssl.datasets.sources.base import FOUND, Found, Source
 from mlflow_ssl.datasets.sources.folder import FileReader, exist, filter_paths
 from mlflow_ssl.datasets.splits import SPLITS
 from mlflow_ssl.datasets.tables import column, concat, encode, pieces, sort_by_path
