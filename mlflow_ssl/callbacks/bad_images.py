@@ -35,7 +35,8 @@ class BadImages(Callback):
 
     def _look(self, trainer: Trainer) -> None:
         listed = _list(trainer)
-        if listed is None or not trainer.is_global_zero:
+        # what is found before the first step is said after it: a metric has one value a step
+        if listed is None or not trainer.is_global_zero or trainer.global_step == 0:
             return
         images = listed.read()
         if len(images) == (self._known or 0):

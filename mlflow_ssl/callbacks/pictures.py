@@ -13,7 +13,7 @@ from torch import Tensor
 from mlflow_ssl.callbacks.embeddings import Evaluated
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.datamodules import SSLDataModule
-from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
+from mlflow_ssl.datasets import ImageDataset
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.evaluation.knn import nearest
 from mlflow_ssl.pictures import (
@@ -67,7 +67,7 @@ class _Sender:
 class _Images:
     """What is drawn of a datamodule, with transforms of its own: those of a loader cannot be shared by two threads."""
 
-    views: TwoAugmentationDataset
+    views: Any
     shown: list[int]
     bank: ImageDataset
     queries: ImageDataset

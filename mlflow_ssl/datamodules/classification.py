@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from mlflow_ssl.datamodules.loading import collate, free_memory, nbytes, plan_loading, usable_cores
+from mlflow_ssl.datamodules.loading import LoadingPlan, collate, free_memory, nbytes, plan_loading, usable_cores
 from mlflow_ssl.datasets import EpochSampler, ImageDataset
 from mlflow_ssl.datasets.assembly import Assembly
 from mlflow_ssl.datasets.bad_images import POLICIES, BadImage, BadImageList
@@ -309,7 +309,7 @@ class ClassificationDataModule(LightningDataModule):
         return self._loader(dataset) if len(dataset) else []
 
     def _train_loader(self, dataset: Any) -> DataLoader[Any]:
-        rank, world_size = _rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         sampler = EpochSampler(len(dataset), seed=self.seed, rank=rank, world_size=world_size, start=self._position)
         if len(sampler) < self.batch_size:
             raise InputError(
@@ -321,18 +321,7 @@ class ClassificationDataModule(LightningDataModule):
         return self._loader(dataset, sampler=sampler, drop_last=drop_last, persistent=True)
 
     def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
-        _, world_size = _rank_and_world_size()
-        plan = plan_loading(
-            self.num_workers,
-            cores=usable_cores(),
-            processes=world_size,
-            gpu=torch.cuda.is_available(),
-            batch_bytes=self.batch_size * nbytes(self._specimen()),
-            free_bytes=free_memory(),
-        )
-        if not self._said_loading:
-            self._said_loading = True
-            log.info("images are loaded %s", plan)
+        plan = self._plan_loading()
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -345,6 +334,22 @@ class ClassificationDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **kwargs,
         )
+
+    def _plan_loading(self) -> LoadingPlan:
+        """Choose how to load on this machine, and say so once."""
+        _, world_size = rank_and_world_size()
+        plan = plan_loading(
+            self.num_workers,
+            cores=usable_cores(),
+            processes=world_size,
+            gpu=torch.cuda.is_available(),
+            batch_bytes=self.batch_size * nbytes(self._specimen()),
+            free_bytes=free_memory(),
+        )
+        if not self._said_loading:
+            self._said_loading = True
+            log.info("images are loaded %s", plan)
+        return plan
 
     def _specimen(self) -> Any:
         """Return a sample as large as those of the training."""
@@ -387,7 +392,8 @@ def _strings(words: Sequence[str] | str | None) -> list[str] | None:
     return [words] if isinstance(words, str) else list(words) if words is not None else None
 
 
-def _rank_and_world_size() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the number of this process, and how many the training has."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

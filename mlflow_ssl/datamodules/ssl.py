@@ -1,19 +1,26 @@
 """The same folder for self-supervised training."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mlflow_ssl.datamodules.classification import ClassificationDataModule
+from mlflow_ssl.datamodules.classification import ClassificationDataModule, rank_and_world_size
+from mlflow_ssl.datamodules.loading import collate
 from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
+from mlflow_ssl.datasets.sampler import Key
+from mlflow_ssl.datasets.sources.shards import ShardSource
 from mlflow_ssl.datasets.splits import SPLITS, deal
+from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.transforms import apply
@@ -58,6 +65,8 @@ class SSLDataModule(ClassificationDataModule):
 
     def _check_choices(self) -> None:
         super()._check_choices()
+        if isinstance(self.source, ShardSource) and (self.cache != "none" or self.unlabelled_path is not None):
+            raise InputError("datamodule.cache and unlabelled_path are for images that are not streamed from shards")
         views: object = self.augmentation_dataset
         if views is None:  # as in the tutorial's base config
             raise InputError("datamodule.augmentation_dataset must be a TwoAugmentationDataset, got null")
@@ -80,12 +89,14 @@ class SSLDataModule(ClassificationDataModule):
         index = {"bank": self.bank, "val": self.queries}[split]
         return self._image_dataset(index, copy.deepcopy(self.val_transform))
 
-    def drawn_views(self) -> TwoAugmentationDataset:
+    def drawn_views(self) -> "TwoAugmentationDataset | _FinishedViews":
         """Return the views that the network is trained on; ask for ``(epoch, number)`` of a training image.
 
-        They have transforms of their own, so that another thread may draw them while a loader does.
+        They have transforms of their own, so that another thread may draw them while a loader does. What a device does
+        to them is drawn anew.
         """
-        return copy.deepcopy(self.augmentation_dataset)
+        views = copy.deepcopy(self.augmentation_dataset)
+        return views if self.device_transforms is None else _FinishedViews(views, self)
 
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of all splits, and of the bank."""
@@ -99,10 +110,58 @@ class SSLDataModule(ClassificationDataModule):
             self.index.split("train"), self.train_transform, pixels=True
         )
         self.augmentation_dataset.seed = self.seed
+        self.augmentation_dataset.as_bytes = self.device_transforms is not None
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Finish the views of a training batch, on the device that it has come to."""
+        if self.device_transforms is None or self.trainer is None or not self.trainer.training:
+            return batch
+        views, labels = batch
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        moment = (self.trainer.current_epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
+        return self._finished(views, moment), labels
+
+    def _finished(self, views: Sequence[Tensor], moment: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Return views ``(B, 3, H, W)`` after the device's transforms, drawn by seed, moment and view alone."""
+        transforms = self.device_transforms or []
+        generators = [_generator(self.seed, *moment, view) for view in range(1, len(views) + 1)]
+        finished = zip(transforms, views, generators, strict=True)
+        return tuple(transform(images, generator) for transform, images, generator in finished)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of pairs of views."""
+        source = self.source
+        if isinstance(source, ShardSource):
+            return self._stream_loader(source)
         return self._train_loader(self.augmentation_dataset)
+
+    def _stream_loader(self, source: ShardSource) -> DataLoader[Any]:
+        rank, world_size = rank_and_world_size()
+        plan = self._plan_loading()
+        stream = ShardStream(
+            source.root,
+            self.index.split("train").table,
+            partial(_streamed_views, self.augmentation_dataset),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            num_workers=plan.workers,
+            shuffle_buffer=self.shuffle_buffer,
+            rank=rank,
+            world_size=world_size,
+            start=self._position,
+        )
+        workers = stream.num_workers
+        # Lightning cannot know that it is the very number
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        return StreamLoader(
+            stream,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            prefetch_factor=plan.prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=plan.pinned,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
     def val_dataloader(self) -> Any:
         """Return the loaders of bank and queries, or nothing where there is nothing to classify."""
@@ -146,6 +205,31 @@ class SSLDataModule(ClassificationDataModule):
         views = copy.copy(self.augmentation_dataset)
         views.dataset = None
         return super().__getstate__() | {"augmentation_dataset": views}
+
+
+def _streamed_views(views: TwoAugmentationDataset, data: bytes, key: Key) -> Any:
+    images: Any = views.dataset
+    return views.views(images.streamed(data, key), key)
+
+
+class _FinishedViews:
+    """Views as a device would finish them, one image at a time."""
+
+    def __init__(self, views: TwoAugmentationDataset, datamodule: SSLDataModule) -> None:
+        self._views = views
+        self._datamodule = datamodule
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        sample = self._views[key]
+        if sample is None:
+            return None
+        views, label = sample
+        view_1, view_2 = self._datamodule._finished([view[None] for view in views], key)
+        return (view_1[0], view_2[0]), label
+
+
+def _generator(*draw: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _num_classes(index: ImageIndex) -> int:

@@ -120,6 +120,8 @@ def _opened(data: bytes, max_pixels: int | None) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return 1  # a tenth of the time that a small file takes
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken note about a picture is no broken picture
@@ -143,10 +145,13 @@ def _scaled(deep: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Return values of more than 8 bits as bytes, by the rule of `decode`."""
     if deep.dtype.kind == "f":
         deep = np.nan_to_num(deep.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = deep.min(), deep.max()
+    low, high = float(deep.min()), float(deep.max())
     if deep.dtype.kind != "f" and low >= 0 and high <= 65535:
-        return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if low >= 0 and high <= 65535:
+        scaled: Any = (deep.astype(np.uint32) + 128) // 257
+    elif low >= 0 and high <= 65535:
         full = next(full for full in (1, 255, 65535) if high <= full)
-        return (deep * (255 / full)).round().astype(np.uint8)
-    return ((deep.astype(np.float64) - low) * (255 / (float(high) - float(low)))).round().astype(np.uint8)
+        scaled = (deep * (255 / full)).round()
+    else:
+        scaled = ((deep.astype(np.float64) - low) * (255 / (high - low))).round()
+    pixels: npt.NDArray[np.uint8] = scaled.astype(np.uint8)
+    return pixels

@@ -46,7 +46,7 @@ def open_source(
             "datamodule.list_columns and list_folder are for a data_path that ends in "
             f"{', '.join(ENDINGS)}, got {data_path}"
         )
-    special = _special(data_path, path)
+    special = _special(data_path, path, labels)
     if special is None:
         return FolderSource(path, labels=labels, class_from=class_from, include=include, exclude=exclude)
     if include is not None or exclude or class_from != "first":
@@ -57,16 +57,16 @@ def open_source(
     return special
 
 
-def _special(data_path: str, path: Path) -> Source | None:
+def _special(data_path: str, path: Path, labels: str) -> Source | None:
     """Return the source of shards or of a saved data set; None for a plain folder."""
     if data_path.endswith(".tar") or (path.is_dir() and _holds_only_shards(path)):
         from mlflow_ssl.datasets.sources.shards import ShardSource
 
-        return ShardSource(data_path)
+        return ShardSource(data_path, labels=labels)
     if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         from mlflow_ssl.datasets.sources.huggingface import HuggingFaceSource
 
-        return HuggingFaceSource(path)
+        return HuggingFaceSource(path, labels=labels)
     return None
 
 

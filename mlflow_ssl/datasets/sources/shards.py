@@ -1,0 +1,194 @@
+"""WebDataset shards: tar files whose members make samples by their names."""
+
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from braceexpand import braceexpand
+
+from mlflow_ssl.datasets.bad_images import BadImage
+from mlflow_ssl.datasets.decode import EXTENSIONS
+from mlflow_ssl.datasets.progress import Counting
+from mlflow_ssl.datasets.side_by_side import side_by_side
+from mlflow_ssl.datasets.sources.base import FOUND, Found, Source
+from mlflow_ssl.datasets.tables import column, concat, sort_by_path
+from mlflow_ssl.errors import InputError
+
+CLASS_KEYS = ("class_name", "label", "cls")
+"""Keys of a sample's ``.json`` that may hold its class."""
+
+
+class ShardSource(Source):
+    """Images in tar files of one folder; a sample is the members of one name up to the first dot.
+
+    The class is the text of the member ``.cls``, or one of `CLASS_KEYS` in ``.json``. The path of an image is the
+    shard's name and the member's: ``shard-000.tar/0001.jpg``.
+
+    Args:
+        data_path: a tar file, a pattern such as ``shards-{000..127}.tar``, or a folder of tar files. They are local
+            files: webdataset's pipes and addresses, which run commands, are not for a path that a stored config names.
+        labels: ``folders``: samples have the class they name; ``none``: no image has one.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+
+    def __init__(self, data_path: str, *, labels: str = "folders") -> None:
+        self.shards = _expand(data_path)
+        super().__init__(self.shards[0].parent)
+        self.labels = labels
+
+    def scan(self) -> Found:
+        """Read the headers of all members, and the small ones that name classes.
+
+        Raises:
+            InputError: if there is no image.
+        """
+        tables, bad = [], []
+        with Counting("scanning", "images") as counting:
+            for table, broken in side_by_side(self._scan_shard, self.shards):
+                tables.append(table)
+                bad += broken
+                counting.advance(len(table))
+        found = sort_by_path(concat(tables, FOUND))
+        if not len(found) and not bad:
+            raise InputError(f"datamodule.data_path must hold images, found none in {len(self.shards)} shards")
+        return Found(found, bad)
+
+    def reader(self, table: pa.Table) -> "ShardReader":
+        """Return a reader of the rows of a table."""
+        return ShardReader(self.root, column(table, "path"), table["offset"].to_numpy(), table["size"].to_numpy())
+
+    def _scan_shard(self, shard: Path) -> tuple[pa.Table, list[BadImage]]:
+        stamp = shard.stat()
+        images: dict[str, tuple[str, int, int]] = {}  # by key: the member, where it begins, and its size
+        classes: dict[str, str] = {}
+        bad: list[BadImage] = []
+        for member, content in _members(shard, bad):
+            key, ending = _key(member.name)
+            if content is not None:
+                classes.setdefault(key, _class_name(ending, content))
+            elif key in images:
+                bad.append(BadImage(f"{shard.name}/{member.name}", "is the second image of its sample"))
+            else:
+                images[key] = (member.name, member.offset_data, member.size)
+        rows = {
+            "path": [f"{shard.name}/{name}" for name, _, _ in images.values()],
+            "class_name": [classes.get(key, "") if self.labels != "none" else "" for key in images],
+            "split": [""] * len(images),
+            "size": [size for _, _, size in images.values()],
+            "mtime_ns": np.full(len(images), stamp.st_mtime_ns),
+            "ctime_ns": np.full(len(images), stamp.st_ctime_ns),
+            "offset": [offset for _, offset, _ in images.values()],
+        }
+        return pa.table({name: pa.array(rows[name], FOUND.field(name).type) for name in FOUND.names}), bad
+
+
+class ShardReader:
+    """Bytes of members of tar files, by row. Each process opens the files for itself."""
+
+    def __init__(self, root: Path, paths: pa.Array, offsets: Sequence[int] | Any, sizes: Sequence[int] | Any) -> None:
+        self._root = root
+        self._paths = paths
+        self._offsets = offsets
+        self._sizes = sizes
+        self._files: dict[tuple[int, str], int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._paths)
+
+    def __getitem__(self, row: int) -> bytes:
+        """Return what one member holds.
+
+        Raises:
+            OSError: if it cannot be read any more.
+        """
+        size = int(self._sizes[row])
+        data = os.pread(self._file(shard_of(self._paths[row].as_py())), size, int(self._offsets[row]))
+        if len(data) < size:
+            raise OSError("the shard ends before the image does")
+        return data
+
+    def _file(self, shard: str) -> int:
+        place = (os.getpid(), shard)
+        with self._lock:
+            if place not in self._files:
+                self._files[place] = os.open(self._root / shard, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[place]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open files."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open them again when they are needed."""
+        self.__dict__.update(state, _files={}, _lock=threading.Lock())
+
+
+def shard_of(path: str) -> str:
+    """Return the name of the shard that an image is in.
+
+    Example:
+        >>> shard_of("shard-000.tar/cats/0001.jpg")
+        'shard-000.tar'
+    """
+    return path.partition(".tar/")[0] + ".tar"
+
+
+def _expand(data_path: str) -> list[Path]:
+    try:
+        names = list(braceexpand(str(Path(data_path).expanduser().absolute())))
+    except ValueError as error:
+        raise InputError(f"datamodule.data_path must be a pattern such as shards-{{000..127}}.tar: {error}") from error
+    shards = [Path(name) for name in names]
+    if len(shards) == 1 and shards[0].is_dir():
+        shards = sorted(shards[0].glob("*.tar"))
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise InputError(f"datamodule.data_path must name files, {len(missing)} are none, the first is {missing[0]}")
+    if len({shard.parent for shard in shards}) > 1:
+        raise InputError(f"datamodule.data_path must name shards of one folder, got {data_path}")
+    return shards
+
+
+def _members(shard: Path, bad: list[BadImage]) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Yield the images, without their content, and the members that name classes, with it."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                ending = _key(member.name)[1]
+                if not member.isreg() or member.sparse:
+                    continue
+                if f".{ending.rpartition('.')[2]}" in EXTENSIONS:
+                    yield member, None
+                elif ending in ("cls", "json"):
+                    file = tar.extractfile(member)
+                    yield member, file.read() if file else b""
+    except (tarfile.TarError, OSError, EOFError) as error:
+        bad.append(BadImage(shard.name, f"cannot be read to its end: {error}"))
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Return the name of the sample and the ending of the member: what is before and behind the first dot."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _class_name(ending: str, content: bytes) -> str:
+    if ending == "cls":
+        return content.decode(errors="replace").strip()
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return ""
+    named = [values[key] for key in CLASS_KEYS if key in values] if isinstance(values, dict) else []
+    return str(named[0]) if named and named[0] is not None else ""

@@ -1,0 +1,215 @@
+"""Training images streamed from shards: read in the order that they lie in, mixed in a buffer."""
+
+import logging
+import random
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mlflow_ssl.datasets.sampler import Key
+from mlflow_ssl.datasets.sources.shards import shard_of
+from mlflow_ssl.datasets.tables import column, encode
+from mlflow_ssl.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Make = Callable[[bytes, Key], Any]
+
+
+class ShardStream(IterableDataset[Any]):
+    """The training samples of shards, in an order that seed, epoch, ranks and workers determine.
+
+    Shards come in an order of their own each epoch and are dealt to the processes of the training, and to the loader's
+    workers of each. A worker reads its shards from the beginning to the end, and yields at random from a buffer. It
+    yields whole batches only, as many in each process as in the others: what is left over waits for another epoch.
+
+    Args:
+        root: the folder of the shards.
+        table: path, offset and size of the training images; a key is epoch and row of this table.
+        make: gives the sample of an image's bytes and key, or None for one that is skipped.
+        seed: another seed, another order.
+        batch_size: of the loader.
+        num_workers: of the loader.
+        shuffle_buffer: images that are held at once.
+        rank: number of this process among ``world_size``.
+        world_size: processes that share the epoch.
+        start: where a resumed training goes on: an epoch, and how many of its images all processes have seen.
+
+    Raises:
+        InputError: if there are fewer shards than processes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        table: pa.Table,
+        make: Make,
+        *,
+        seed: int,
+        batch_size: int,
+        num_workers: int = 0,
+        shuffle_buffer: int = 2048,
+        rank: int = 0,
+        world_size: int = 1,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.root = root
+        self.make = make
+        self.seed = seed
+        self.batch_size = batch_size
+        self.shuffle_buffer = shuffle_buffer
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        # shared, since a worker that lives on must learn of the next epoch
+        self._epoch = torch.tensor(start[0])
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._paths = column(table, "path")
+        shards = encode([shard_of(path.as_py()) for path in self._paths])
+        self._shards: list[str] = shards.dictionary.to_pylist()
+        self._counts = np.bincount(shards.indices.to_numpy(), minlength=len(self._shards))
+        self._rows_of = [np.flatnonzero(shards.indices.to_numpy() == number) for number in range(len(self._shards))]
+        if len(self._shards) < world_size:
+            raise InputError(
+                f"datamodule.data_path must hold a shard for each of the {world_size} processes at least, got "
+                f"{len(self._shards)}"
+            )
+        # a worker without a shard would have nothing to do
+        self.num_workers = min(num_workers, len(self._shards) // world_size)
+        self._say_what_is_left_over()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; call it before each."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        """Return the images that this process sees in an epoch; the same in each epoch and process."""
+        return self._quota() * max(self.num_workers, 1)
+
+    def _streams(self) -> int:
+        return self.world_size * max(self.num_workers, 1)
+
+    def _deal(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Return the shards of each stream: of all workers of the first process, of the second, ..."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self._shards))
+        return [order[number :: self._streams()] for number in range(self._streams())]
+
+    def _quota(self) -> int:
+        """Return the images that each stream yields: whole batches of what the smallest shards hold together.
+
+        A schedule has to know it before any epoch is dealt, and all the smallest ones might come to one worker.
+        """
+        smallest = np.sort(self._counts)[: len(self._counts) // self._streams()]
+        return int(smallest.sum()) // self.batch_size * self.batch_size
+
+    def _say_what_is_left_over(self) -> None:
+        total, used = int(self._counts.sum()), len(self) * self.world_size
+        if used == 0:
+            raise InputError(
+                f"datamodule.batch_size must be at most what the smallest shards hold for each of {self._streams()} "
+                f"workers, got {self.batch_size}; lower it, or datamodule.num_workers"
+            )
+        if used < 0.95 * total:
+            log.warning(
+                "an epoch has %d of the %d images, since shards differ in size or are few for %d workers; the others "
+                "come in other epochs",
+                used,
+                total,
+                self._streams(),
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the samples of this worker."""
+        worker = get_worker_info()
+        number = worker.id if worker else 0
+        epoch = int(self._epoch)
+        stream = self.rank * max(self.num_workers, 1) + number
+        keep = self._quota()
+        seen = self._seen(number) if epoch == self.start[0] else 0
+        made = 0
+        for place, (row, data) in enumerate(self._shuffled(epoch, stream)):
+            if place < seen:  # before the interruption
+                made += 1
+                continue
+            if made == keep:
+                return
+            sample = self.make(data, (epoch, row))
+            if sample is not None:
+                made += 1
+                yield sample
+        yield from self._repeated(epoch, stream, keep - made)
+
+    def _seen(self, worker: int) -> int:
+        """Return how many images this worker had yielded: the loader asks one worker after the other for a batch."""
+        batches = self.start[1] // (self.batch_size * self.world_size)
+        workers = max(self.num_workers, 1)
+        return (batches // workers + (worker < batches % workers)) * self.batch_size
+
+    def _repeated(self, epoch: int, stream: int, missing: int) -> Iterator[Any]:
+        """Yield again some of the first images, in place of images that were skipped."""
+        for row, data in self._shuffled(epoch, stream):
+            if missing <= 0:
+                return
+            sample = self.make(data, (epoch, row))
+            if sample is not None:
+                missing -= 1
+                yield sample
+        if missing > 0:
+            raise RuntimeError("too few images of these shards can be read; data/bad_images.csv lists the others")
+
+    def _shuffled(self, epoch: int, stream: int) -> Iterator[tuple[int, bytes]]:
+        draw = random.Random(f"{self.seed} {epoch} {stream}")
+        buffer: list[tuple[int, bytes]] = []
+        for sample in self._read(self._deal(epoch)[stream]):
+            buffer.append(sample)
+            if len(buffer) >= self.shuffle_buffer:
+                place = draw.randrange(len(buffer))
+                buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                yield buffer.pop()
+        draw.shuffle(buffer)
+        yield from buffer
+
+    def _read(self, shards: npt.NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
+        """Yield row and bytes of the training images of some shards, in the order that they lie in."""
+        for number in shards.tolist():
+            shard = self._shards[number]
+            rows = {self._paths[row].as_py(): row for row in self._rows_of[number].tolist()}
+            try:
+                yield from _read_shard(self.root, shard, rows)
+            except (tarfile.TarError, EOFError) as error:  # its end was listed as bad when it was scanned
+                log.debug("%s cannot be read to its end: %s", shard, error)
+
+
+def _read_shard(root: Path, shard: str, rows: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+    from webdataset.tariterators import tar_file_iterator
+
+    with (root / shard).open("rb") as file:
+        for member in tar_file_iterator(file, skip_meta=None, select_files=lambda name: f"{shard}/{name}" in rows):
+            yield rows[f"{shard}/{member['fname']}"], bytes(member["data"])
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader that tells its stream which epoch begins.
+
+    Args:
+        stream: what is loaded.
+        epoch: returns the epoch that begins.
+        kwargs: of `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, stream: ShardStream, *, epoch: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(stream, batch_size=stream.batch_size, num_workers=stream.num_workers, **kwargs)
+        self._begins = epoch
+
+    def __iter__(self) -> Any:
+        """Begin an epoch."""
+        stream: Any = self.dataset
+        stream.set_epoch(self._begins())
+        return super().__iter__()
