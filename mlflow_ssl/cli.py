@@ -26,6 +26,11 @@ Go on with a run that was stopped, in the same run; run another one's config aga
   mlflow run . -e reproduce -P run_id=RUN_ID
   python -m mlflow_ssl sync OUTPUT_FOLDER
 
+Find what is wrong with a data set before a training:
+
+  python -m mlflow_ssl check-data FOLDER [KEY=VALUE ...] [report=FOLDER]
+  mlflow run . -e check-data -P data_path=FOLDER
+
 KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
 """
 
@@ -93,7 +98,18 @@ def _sync(words: Sequence[str]) -> None:
     sync(Path(words[0]).resolve())
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"reproduce": _reproduce, "sync": _sync}
+def _check_data(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.check_data import check_data
+
+    path = [word for word in words[:1] if "=" not in word and not word.startswith("--")]
+    check_data([*path, *to_overrides(words[len(path) :])])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "check-data": _check_data,
+    "reproduce": _reproduce,
+    "sync": _sync,
+}
 """First words that ask for something else than a training."""
 
 
