@@ -29,7 +29,7 @@ WORDS = (
     "callbacks.pictures=null",
     "callbacks.last_checkpoint.every_seconds=0",
 )
-TIMED = {"train/images_per_second"}
+TIMED = {"train/images_per_second", "train/data_wait_share"}
 """Metrics of the clock, the same in no two runs."""
 
 

@@ -112,6 +112,10 @@ class SSLDataModule(ClassificationDataModule):
         self.augmentation_dataset.seed = self.seed
         self.augmentation_dataset.as_bytes = self.device_transforms is not None
 
+    def _epoch(self) -> int:
+        """Return the epoch that begins; Lightning asks a resumed training's loader before it knows its own."""
+        return max(self.trainer.current_epoch if self.trainer else 0, self._position[0])
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish the views of a training batch, on the device that it has come to."""
         if self.device_transforms is None or self.trainer is None or not self.trainer.training:
@@ -155,7 +159,7 @@ class SSLDataModule(ClassificationDataModule):
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         return StreamLoader(
             stream,
-            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            epoch=self._epoch,
             prefetch_factor=plan.prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=plan.pinned,

@@ -128,11 +128,13 @@ class ShardStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         """Yield the samples of this worker."""
         worker = get_worker_info()
-        number = worker.id if worker else 0
-        epoch = int(self._epoch)
-        stream = self.rank * max(self.num_workers, 1) + number
+        epoch, workers = int(self._epoch), max(self.num_workers, 1)
+        delivered = self.start[1] // (self.batch_size * self.world_size) if epoch == self.start[0] else 0  # batches
+        # the loader asks one worker after the other for a batch, and begins with the first
+        number = ((worker.id if worker else 0) + delivered) % workers
+        stream = self.rank * workers + number
+        seen = (delivered // workers + (number < delivered % workers)) * self.batch_size
         keep = self._quota()
-        seen = self._seen(number) if epoch == self.start[0] else 0
         made = 0
         for place, (row, data) in enumerate(self._shuffled(epoch, stream)):
             if place < seen:  # before the interruption
@@ -145,12 +147,6 @@ class ShardStream(IterableDataset[Any]):
                 made += 1
                 yield sample
         yield from self._repeated(epoch, stream, keep - made)
-
-    def _seen(self, worker: int) -> int:
-        """Return how many images this worker had yielded: the loader asks one worker after the other for a batch."""
-        batches = self.start[1] // (self.batch_size * self.world_size)
-        workers = max(self.num_workers, 1)
-        return (batches // workers + (worker < batches % workers)) * self.batch_size
 
     def _repeated(self, epoch: int, stream: int, missing: int) -> Iterator[Any]:
         """Yield again some of the first images, in place of images that were skipped."""
