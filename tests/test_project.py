@@ -11,9 +11,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA = yaml.safe_load((ROOT / "conda.yaml").read_text())
 
 
+def _launched():
+    """Return what a launched project needs."""
+    extras = PROJECT["optional-dependencies"]
+    return PROJECT["dependencies"] + extras["onnx"] + extras["huggingface"]
+
+
 def test_conda_environment_lists_what_the_package_needs():
     (pip,) = [item["pip"] for item in CONDA["dependencies"] if isinstance(item, dict)]
-    assert sorted(pip) == sorted(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["onnx"])
+    assert sorted(pip) == sorted(_launched())
 
 
 def test_conda_environment_pins_a_python_that_the_package_allows():

@@ -2,9 +2,10 @@ import io
 
 import numpy as np
 import pytest
+from damage import damages, gradient, modes, saved
 from PIL import Image
 
-from mlflow_ssl.datasets.decode import EXTENSIONS, DecodeError, decode
+from mlflow_ssl.datasets.decode import EXTENSIONS, DecodeError, decode, measure
 
 
 def encoded(image, kind="PNG", **options):
@@ -107,3 +108,102 @@ def test_decode_refuses_what_is_no_image(data):
 
 def test_extensions_are_lower_case_with_a_dot():
     assert all(ending == "." + ending[1:].lower() for ending in EXTENSIONS)
+
+
+@pytest.mark.parametrize("name", list(modes()))
+def test_every_mode_becomes_rgb(name):
+    data, colour = modes()[name]
+    decoded = decode(data)
+    assert decoded.dtype == np.uint8
+    assert not decoded.flags.writeable
+    np.testing.assert_allclose(decoded, np.broadcast_to(colour, (10, 12, 3)), atol=3)
+    assert measure(data) == (12, 10)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", list(damages()))
+@pytest.mark.parametrize("read", [decode, measure, lambda data: decode(data, at_least=4)])
+def test_every_damage_is_refused_with_its_reason_in_one_line(name, read):
+    data, reason = damages()[name]
+    with pytest.raises(DecodeError, match=reason) as caught:
+        read(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_obeyed(kind, orientation):
+    picture = np.asarray(gradient(16, 24)) // 64 * 64  # as JPEG keeps it
+    turned = {
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, -1),
+        7: picture[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(picture, 1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = saved(Image.fromarray(picture), kind, exif=exif, **options)
+    apart = np.abs(decode(data).astype(int) - turned)
+    assert apart.mean() < (3 if kind == "JPEG" else 0.01)
+    assert measure(data) == turned.shape[1::-1]
+
+
+def test_a_broken_note_on_the_orientation_is_no_broken_picture():
+    data = saved(gradient(), "JPEG", exif=b"Exif\x00\x00broken" + bytes(range(60)))
+    assert decode(data).shape == (48, 64, 3)
+
+
+def test_an_image_within_the_limit_is_decoded_and_one_beyond_is_not():
+    data = saved(gradient(), "PNG")
+    assert decode(data, max_pixels=48 * 64).shape == (48, 64, 3)
+    for read in (decode, measure):
+        with pytest.raises(DecodeError, match=r"^has 3,072 pixels, at most 3,071 are decoded$"):
+            read(data, max_pixels=48 * 64 - 1)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "shape"), [(600, (960, 1280)), (480, (480, 640)), (241, (480, 640)), (100, (120, 160))]
+)
+def test_a_large_jpeg_is_decoded_as_small_as_is_enough(at_least, shape):
+    data = saved(gradient(960, 1280), "JPEG")
+    assert decode(data, at_least=at_least).shape == (*shape, 3)
+    assert measure(data) == (1280, 960)
+
+
+def test_what_is_decoded_at_a_part_of_its_size_looks_the_same_when_it_is_resized():
+    rng = np.random.default_rng(0)
+    texture = Image.fromarray(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)).resize((1600, 1200))
+    data = saved(Image.blend(gradient(1200, 1600), texture, 0.5), "JPEG", quality=92)
+    small, whole = decode(data, at_least=500), decode(data)
+    assert small.shape == (600, 800, 3)
+    views = [
+        np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC), int) for image in (small, whole)
+    ]
+    # a grey level on average, as the choice of area instead of bicubic makes
+    area = np.asarray(Image.fromarray(whole).resize((224, 224), Image.Resampling.BOX), int)
+    apart, usual = (np.abs(views[1] - other).mean() for other in (views[0], area))
+    assert apart < 1
+    assert apart < usual
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow has something to say on some of them
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM"])
+def test_bytes_that_were_changed_are_decoded_or_refused_and_nothing_else(kind):
+    whole, rng = saved(gradient(), kind), np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(whole[: rng.integers(len(whole) // 2, len(whole) + 1)])
+        for place in rng.integers(len(data), size=rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        outcomes = []
+        for read in (decode, measure):
+            try:
+                read(bytes(data), max_pixels=10**7)
+                outcomes.append("read")
+            except DecodeError:
+                outcomes.append("refused")
+        assert outcomes[0] == outcomes[1]
