@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "trainer.accelerator",
     "datamodule.num_workers",
     "datamodule.data_path",
+    "datamodule.list_folder",
+    "datamodule.unlabelled_path",
     "tracking.",
     "callbacks.progress.",
     "callbacks.checkpoint_upload.",

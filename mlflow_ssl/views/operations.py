@@ -17,6 +17,10 @@ MOST_TAPS = 23
 """Of a blur at 224 px: Grill et al. 2020, arXiv:2006.07733, app. B."""
 
 
+GREY = np.array([0.299, 0.587, 0.114])
+"""Luminance of red, green and blue: ITU-R BT.601."""
+
+
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Return the image in another size, by cubic interpolation.
 
@@ -31,19 +35,19 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
 
 
 def adjust_brightness(image: Pixels, factor: float) -> Pixels:
-    """Return ``factor * image``, clamped to 0..255."""
-    return _blend(image, factor, offset=0.0)
+    """Return ``factor * image``, clamped to 0..255; ``factor`` is 0 or more."""
+    return _pixels(cv2.convertScaleAbs(image, alpha=factor))
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
     """Return the image blended with its mean grey: ``factor * image + (1 - factor) * mean``, clamped to 0..255."""
-    mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
-    return _blend(image, factor, offset=(1 - factor) * mean)
+    mean = float(GREY @ cv2.mean(image)[:3])
+    return _pixels(cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * mean))
 
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
     """Return the image blended with its grey version: ``factor * image + (1 - factor) * grey``, clamped to 0..255."""
-    return _pixels(cv2.addWeighted(image, factor, to_grey(image), 1 - factor, 0.0))
+    return _pixels(cv2.transform(image, factor * np.eye(3) + (1 - factor) * GREY))
 
 
 def adjust_hue(image: Pixels, turn: float) -> Pixels:
@@ -73,10 +77,6 @@ def solarize(image: Pixels, threshold: int = 128) -> Pixels:
     """Return the image with all values from ``threshold`` on inverted."""
     values = np.arange(256, dtype=np.uint8)
     return _pixels(cv2.LUT(image, np.where(values >= threshold, 255 - values, values)))
-
-
-def _blend(image: Pixels, factor: float, *, offset: float) -> Pixels:
-    return _pixels(cv2.addWeighted(image, factor, image, 0.0, offset))
 
 
 def _pixels(array: Any) -> Pixels:
