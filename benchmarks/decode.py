@@ -1,6 +1,6 @@
 """Milliseconds of processor time to decode an image, one thread: Pillow as it comes, this package, and OpenCV.
 
-``python benchmarks/decode.py [ROUNDS]`` decodes, in one run and in turns, a 256 px JPEG, a 12-megapixel JPEG (whole, and
+``python benchmarks/decode.py [ROUNDS]`` decodes, in one run and in turns, a 256 px JPEG, a 12-megapixel JPEG (whole and
 at the size that views of 224 px need), a 12-megapixel TIFF, and a PNG and a WebP of one megapixel. It prints the median
 of the rounds and the ratio to Pillow. OpenCV takes truncated files without a word, so it is here for comparison only.
 """
