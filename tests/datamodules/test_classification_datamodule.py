@@ -487,7 +487,7 @@ def test_no_more_workers_are_started_than_there_are_processors(module, monkeypat
 def test_each_process_trains_on_its_share(module, monkeypatch):
     shares = []
     for rank in range(2):
-        monkeypatch.setattr("mlflow_ssl.datamodules.classification._rank_and_world_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("mlflow_ssl.datamodules.classification.rank_and_world_size", lambda rank=rank: (rank, 2))
         datamodule = module()
         datamodule.setup()
         shares.append({index for _, index in datamodule.train_dataloader().sampler})

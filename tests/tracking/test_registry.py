@@ -314,10 +314,10 @@ def test_torchscript_loads_without_this_package_without_mlflow_and_without_unpic
     code = """
 import sys, pickle
 sys.modules["mlflow_ssl"] = sys.modules["mlflow"] = sys.modules["timm"] = None
+import torch  # imports dill where it is installed, which derives from the unpickler
 def refuse(*args, **kwargs):
     raise SystemExit("unpickled")
 pickle.load = pickle.loads = pickle.Unpickler = refuse
-import torch
 network = torch.jit.load(sys.argv[1])
 print(tuple(network(torch.rand(2, 3, 32, 32)).shape))
 """

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from test_operations import picture
-from test_transforms import MEAN, STD, recipe, statistics, unit
+from test_view_transforms import MEAN, STD, recipe, statistics, unit
 from torchvision.transforms.v2 import functional
 
 from mlflow_ssl.config import build
