@@ -9,7 +9,7 @@
   so is called for each image.
 
 On a processor one thread runs and CPU time is counted; where there is a GPU, wall time on it is shown too. A launch is
-an operation that is not a mere view, as torch dispatches it; on a GPU, a kernel or copy as its profiler sees it. All
+an operation that reads or writes whole planes of an image; on a GPU, any kernel or copy that its profiler sees. All
 candidates blur with as many taps. Medians of the rounds, from least to most.
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from views import write_images
 
 SIZES = {224: 64, 64: 256}
@@ -124,28 +125,33 @@ def candidates(device: torch.device) -> dict[str, list[Finish]]:
 
 
 class Launches(TorchDispatchMode):
-    """Count operations that touch values."""
+    """Count operations that read or write at least so many values."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: int) -> None:
         super().__init__()
+        self.values = values
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count and go on."""
-        self.count += not (func.is_view or func.overloadpacket.__name__.startswith(("empty", "_unsafe_view", "detach")))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
+        moves_nothing = func.is_view or func.overloadpacket.__name__.startswith(("empty", "_unsafe_view", "detach"))
+        self.count += not moves_nothing and any(each.numel() >= self.values for each in tensors)
+        return result
 
 
 def launches(finish: list[Finish], images: Tensor) -> int:
     """Return how many launches both views of a batch take."""
     if images.device.type == "cuda":
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             both(finish, images)
             torch.cuda.synchronize()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
-    with Launches() as counted:
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+    with Launches(images[0, 0].numel()) as counted:
         both(finish, images)
     return counted.count
 
