@@ -3,7 +3,8 @@
 import logging
 import random
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ class ShardStream(IterableDataset[Any]):
         shuffle_buffer: images that are held at once.
         rank: number of this process among ``world_size``.
         world_size: processes that share the epoch.
-        start: where a resumed training goes on: an epoch, and how many of its images all processes have seen.
+        start: where a resumed training goes on: an epoch, and how many of its images all processes have seen. The
+            rest is what it would have been with as many processes and workers, unless an image was skipped before.
 
     Raises:
-        InputError: if there are fewer shards than processes.
+        InputError: if there are fewer shards than processes, or too few images for a batch from each worker.
     """
 
     def __init__(
@@ -134,19 +136,16 @@ class ShardStream(IterableDataset[Any]):
         number = ((worker.id if worker else 0) + delivered) % workers
         stream = self.rank * workers + number
         seen = (delivered // workers + (number < delivered % workers)) * self.batch_size
-        keep = self._quota()
-        made = 0
-        for place, (row, data) in enumerate(self._shuffled(epoch, stream)):
-            if place < seen:  # before the interruption
-                made += 1
-                continue
-            if made == keep:
+        missing = self._quota() - seen
+        for row, data in islice(self._shuffled(epoch, stream), seen, None):
+            if missing == 0:
                 return
             sample = self.make(data, (epoch, row))
             if sample is not None:
-                made += 1
+                missing -= 1
                 yield sample
-        yield from self._repeated(epoch, stream, keep - made)
+        if missing:
+            yield from self._repeated(epoch, stream, missing)
 
     def _repeated(self, epoch: int, stream: int, missing: int) -> Iterator[Any]:
         """Yield again some of the first images, in place of images that were skipped."""
@@ -173,22 +172,29 @@ class ShardStream(IterableDataset[Any]):
         yield from buffer
 
     def _read(self, shards: npt.NDArray[np.int64]) -> Iterator[tuple[int, bytes]]:
-        """Yield row and bytes of the training images of some shards, in the order that they lie in."""
+        """Yield row and bytes of the training images of some shards, in the order that they lie in.
+
+        An image that is not there any more comes last, as an empty file, and fares like any that cannot be read.
+        """
         for number in shards.tolist():
             shard = self._shards[number]
             rows = {self._paths[row].as_py(): row for row in self._rows_of[number].tolist()}
             try:
-                yield from _read_shard(self.root, shard, rows)
-            except (tarfile.TarError, EOFError) as error:  # its end was listed as bad when it was scanned
-                log.debug("%s cannot be read to its end: %s", shard, error)
+                for path, data in _read_shard(self.root, shard, rows):
+                    yield rows.pop(path), data  # a second member of the name does not count
+            except (tarfile.TarError, OSError, EOFError) as error:
+                if rows:
+                    log.warning("%s was readable at the start and breaks off now: %s", shard, error)
+            for row in rows.values():
+                yield row, b""
 
 
-def _read_shard(root: Path, shard: str, rows: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+def _read_shard(root: Path, shard: str, paths: Container[str]) -> Iterator[tuple[str, bytes]]:
     from webdataset.tariterators import tar_file_iterator
 
     with (root / shard).open("rb") as file:
-        for member in tar_file_iterator(file, skip_meta=None, select_files=lambda name: f"{shard}/{name}" in rows):
-            yield rows[f"{shard}/{member['fname']}"], bytes(member["data"])
+        for member in tar_file_iterator(file, skip_meta=None, select_files=lambda name: f"{shard}/{name}" in paths):
+            yield f"{shard}/{member['fname']}", bytes(member["data"])
 
 
 class StreamLoader(DataLoader[Any]):

@@ -1,7 +1,8 @@
+import tarfile
 from collections import Counter
 
 import pytest
-from shards import png, write_shards
+from shards import png, write_shards, write_tar
 
 from mlflow_ssl.datasets.sources.shards import ShardSource
 from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
@@ -66,6 +67,19 @@ def test_a_worker_that_lives_on_learns_of_the_next_epoch(folder):
     assert [{epoch for batch in loader for _, epoch in batch} for _ in range(3)] == [{0}, {1}, {2}]
 
 
+def epoch_of(_, key):
+    return key[0]
+
+
+def test_a_worker_that_shares_nothing_but_the_stream_learns_of_it_too(folder):
+    epochs = iter([5, 6])
+    dataset = stream(folder, make=epoch_of, num_workers=1)
+    loader = StreamLoader(
+        dataset, epoch=lambda: next(epochs), collate_fn=set, persistent_workers=True, multiprocessing_context="spawn"
+    )
+    assert [set.union(*loader) for _ in range(2)] == [{5}, {6}]
+
+
 def test_only_the_images_of_the_table_come(folder):
     keep = set(range(0, 48, 2))
     assert set(numbers(batches(stream(folder, keep), 0))) == keep
@@ -91,6 +105,15 @@ def test_a_resumed_epoch_goes_on_where_it_was(folder, workers, done):
     assert numbers(batches(rest, 4)) == numbers(batches(stream(folder, num_workers=workers), 4))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_process_of_several_goes_on_where_it_was(tmp_path, workers):
+    folder = write_shards(tmp_path, [4, 9, 13, 10])
+    options = {"num_workers": workers, "rank": 1, "world_size": 2, "batch_size": 2}
+    whole = batches(stream(folder, **options), 3)
+    resumed = StreamLoader(stream(folder, start=(3, 1 * 2 * 2), **options), epoch=lambda: 3, collate_fn=list)
+    assert list(resumed) == whole[1:] != []
+
+
 def test_shards_of_different_sizes_give_each_worker_what_the_smallest_hold(tmp_path, caplog):
     dataset = stream(write_shards(tmp_path, [4, 9, 13, 10]), num_workers=2)
     for epoch in range(4):
@@ -110,6 +133,32 @@ def test_a_skipped_image_is_made_up_for_by_another(folder):
     assert len(loaded) == 48
     assert set(counts) == set(range(48)) - {3, 17}
     assert max(counts.values()) == 2
+
+
+def test_a_resumed_epoch_is_as_long_where_images_are_skipped(folder):
+    def skipping(data, key):
+        number, epoch = number_of(data, key)
+        return None if number % 3 else (number, epoch)
+
+    assert len(list(stream(folder, make=skipping, start=(0, 44)))) == 4
+
+
+def test_an_image_that_is_gone_comes_as_an_empty_file(folder, caplog):
+    dataset = stream(folder, make=lambda data, key: (BYTES.get(data), ROWS[key[1]]))
+    shard = folder / "shard-001.tar"  # images 8 to 15
+    with tarfile.open(shard) as tar:
+        shard.write_bytes(shard.read_bytes()[: tar.getmember("00013.png").offset_data + 10])
+    (folder / "shard-003.tar").unlink()  # 24 to 31
+    found = sorted(dataset, key=lambda image: image[1])
+    gone = {13, 14, 15, *range(24, 32)}
+    assert found == [(None if number in gone else number, number) for number in range(48)]
+    assert "shard-001.tar was readable at the start and breaks off now" in caplog.text
+
+
+def test_of_two_members_of_one_name_the_first_comes(tmp_path):
+    write_tar(tmp_path / "x.tar", [("00000.png", png(0)), ("00001.png", png(1)), ("00000.png", png(2))])
+    for seed in range(8):
+        assert sorted(numbers([list(stream(tmp_path, batch_size=1, seed=seed))])) == [0, 1]
 
 
 def test_where_nothing_can_be_read_the_training_ends(folder):

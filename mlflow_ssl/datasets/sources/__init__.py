@@ -59,7 +59,7 @@ def open_source(
 
 def _special(data_path: str, path: Path, labels: str) -> Source | None:
     """Return the source of shards or of a saved data set; None for a plain folder."""
-    if data_path.endswith(".tar") or (path.is_dir() and _holds_only_shards(path)):
+    if data_path.endswith((".tar", ".tar.gz", ".tgz")) or (path.is_dir() and _holds_only_shards(path)):
         from mlflow_ssl.datasets.sources.shards import ShardSource
 
         return ShardSource(data_path, labels=labels)

@@ -3,8 +3,8 @@
 import json
 import os
 import tarfile
-import threading
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from mlflow_ssl.errors import InputError
 CLASS_KEYS = ("class_name", "label", "cls")
 """Keys of a sample's ``.json`` that may hold its class."""
 
+KEPT_OPEN = 64
+"""Shards that a reader keeps open at a time; a process may have 1,024 files open, for all it does."""
+
 
 class ShardSource(Source):
     """Images in tar files of one folder; a sample is the members of one name up to the first dot.
 
-    The class is the text of the member ``.cls``, or one of `CLASS_KEYS` in ``.json``. The path of an image is the
+    The class is the text of the member ``.cls``, or else one of `CLASS_KEYS` in ``.json``. The path of an image is the
     shard's name and the member's: ``shard-000.tar/0001.jpg``.
 
     Args:
@@ -73,7 +76,8 @@ class ShardSource(Source):
         for member, content in _members(shard, bad):
             key, ending = _key(member.name)
             if content is not None:
-                classes.setdefault(key, _class_name(ending, content))
+                if ending == "cls" or key not in classes:
+                    classes[key] = _class_name(ending, content)
             elif key in images:
                 bad.append(BadImage(f"{shard.name}/{member.name}", "is the second image of its sample"))
             else:
@@ -91,15 +95,14 @@ class ShardSource(Source):
 
 
 class ShardReader:
-    """Bytes of members of tar files, by row. Each process opens the files for itself."""
+    """Bytes of members of tar files, by row. A file is opened when it is first asked for."""
 
     def __init__(self, root: Path, paths: pa.Array, offsets: Sequence[int] | Any, sizes: Sequence[int] | Any) -> None:
         self._root = root
         self._paths = paths
         self._offsets = offsets
         self._sizes = sizes
-        self._files: dict[tuple[int, str], int] = {}
-        self._lock = threading.Lock()
+        self._open = lru_cache(KEPT_OPEN)(_OpenFile)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -112,25 +115,32 @@ class ShardReader:
             OSError: if it cannot be read any more.
         """
         size = int(self._sizes[row])
-        data = os.pread(self._file(shard_of(self._paths[row].as_py())), size, int(self._offsets[row]))
+        file = self._open(self._root / shard_of(self._paths[row].as_py()))
+        # it names the place to read from: threads and forked processes share the open file and no position in it
+        data = os.pread(file.descriptor, size, int(self._offsets[row]))
         if len(data) < size:
             raise OSError("the shard ends before the image does")
         return data
 
-    def _file(self, shard: str) -> int:
-        place = (os.getpid(), shard)
-        with self._lock:
-            if place not in self._files:
-                self._files[place] = os.open(self._root / shard, os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[place]
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open files."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open them again when they are needed."""
-        self.__dict__.update(state, _files={}, _lock=threading.Lock())
+        self.__dict__.update(state, _open=lru_cache(KEPT_OPEN)(_OpenFile))
+
+
+class _OpenFile:
+    """A file that is closed once no thread reads it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def shard_of(path: str) -> str:
@@ -148,32 +158,61 @@ def _expand(data_path: str) -> list[Path]:
         names = list(braceexpand(str(Path(data_path).expanduser().absolute())))
     except ValueError as error:
         raise InputError(f"datamodule.data_path must be a pattern such as shards-{{000..127}}.tar: {error}") from error
-    shards = [Path(name) for name in names]
+    shards = [Path(name) for name in dict.fromkeys(names)]
     if len(shards) == 1 and shards[0].is_dir():
-        shards = sorted(shards[0].glob("*.tar"))
+        shards = sorted(shards[0].glob("[!.]*.tar"))
+    if not shards:
+        raise InputError(f"datamodule.data_path must hold .tar files, found none in {data_path}")
+    _check_names(shards, data_path)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise InputError(f"datamodule.data_path must name files, {len(missing)} are none, the first is {missing[0]}")
+    return shards
+
+
+def _check_names(shards: Sequence[Path], data_path: str) -> None:
+    if any(shard.suffix != ".tar" for shard in shards):
+        raise InputError(
+            f"datamodule.data_path must name .tar files, which images can be read from the middle of, got {data_path}; "
+            "unpack others, such as x.tar.gz with gunzip"
+        )
     if len({shard.parent for shard in shards}) > 1:
         raise InputError(f"datamodule.data_path must name shards of one folder, got {data_path}")
-    return shards
 
 
 def _members(shard: Path, bad: list[BadImage]) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Yield the images, without their content, and the members that name classes, with it."""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = shard.stat().st_size
             for member in tar:
-                ending = _key(member.name)[1]
-                if not member.isreg() or member.sparse:
+                if not _is_sample(member, shard, bad):
                     continue
+                ending = _key(member.name)[1]
                 if f".{ending.rpartition('.')[2]}" in EXTENSIONS:
-                    yield member, None
+                    if member.offset_data + member.size <= end:  # or the next step says that the shard breaks off
+                        yield member, None
                 elif ending in ("cls", "json"):
-                    file = tar.extractfile(member)
-                    yield member, file.read() if file else b""
+                    content = tar.extractfile(member)
+                    yield member, content.read() if content else b""
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+                bad.append(BadImage(shard.name, "cannot be read to its end: broken header"))
     except (tarfile.TarError, OSError, EOFError) as error:
         bad.append(BadImage(shard.name, f"cannot be read to its end: {error}"))
+
+
+def _is_sample(member: tarfile.TarInfo, shard: Path, bad: list[BadImage]) -> bool:
+    """Return whether a member is a file of some sample, which hidden ones are not."""
+    if not member.isreg() or member.sparse or not _key(member.name)[0].rpartition("/")[2]:
+        return False
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        path = f"{shard.name}/{member.name}".encode(errors="replace").decode()
+        bad.append(BadImage(path, "its name is not UTF-8; rename it"))
+        return False
+    return True
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -188,7 +227,7 @@ def _class_name(ending: str, content: bytes) -> str:
         return content.decode(errors="replace").strip()
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     named = [values[key] for key in CLASS_KEYS if key in values] if isinstance(values, dict) else []
     return str(named[0]) if named and named[0] is not None else ""
