@@ -3,18 +3,24 @@
 Nobody fills it in advance: whoever first asks for an image decodes and writes it, while the first epoch trains. The
 file holds a table of checksums, one a slot, and the slots, one for each distinct content. A slot counts once its
 checksum stands in the table, which is written after it, and once its bytes agree with that; so it does not matter who
-else writes the same slot at the same time, or is killed while writing. Nothing is locked.
+else writes the same slot at the same time, or is killed while writing.
+
+No lock is taken to read or to write. A file in memory has a lease, a shared ``flock`` that the system ends with its
+process however that ends: whoever can lock the file alone knows that it is unused and removes it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import mmap
 import os
 import shutil
+import stat
+import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +88,7 @@ class PixelCache:
         widths: npt.NDArray[np.int64],
         heights: npt.NDArray[np.int64],
         shorter_side: int,
+        decode_at_least: int | None = None,
     ) -> "PixelCache":
         """Open the file of some images, and make it where it is not there.
 
@@ -91,20 +98,33 @@ class PixelCache:
             widths: pixels of each image, upright.
             heights: likewise.
             shorter_side: pixels that the shorter side shrinks to.
+            decode_at_least: what the images are decoded with, see `mlflow_ssl.datasets.decode.decode`: it changes
+                pixels, so another value is another file.
 
         Raises:
-            InputError: if there is not enough space.
+            InputError: if a digest is missing, ``decode_at_least`` is too small, there is not enough space, or the
+                file cannot be used.
         """
-        order = pc.sort_indices(digests)
-        distinct = pc.unique(digests.take(order))
-        first = pc.index_in(distinct, value_set=digests).to_numpy()
+        if digests.null_count:
+            raise InputError("datamodule.cache needs to know the images' contents and sizes; set datamodule.verify=all")
+        if decode_at_least is not None and decode_at_least < shorter_side:
+            raise InputError(
+                "datamodule.decode_at_least must be null, or at least datamodule.cache_shorter_side, which is "
+                f"{shorter_side}, got {decode_at_least}"
+            )
+        distinct, first = _distinct(digests)
         width, height = cached_size(widths[first], heights[first], shorter_side)
-        name = hashlib.blake2b(f"{_FORMAT} {shorter_side}\n".encode(), digest_size=16)
-        name.update("\n".join(distinct.to_pylist()).encode())
-        file = _folder(kind) / f"{name.hexdigest()}.pixels"
+        name = f"{_name(distinct, shorter_side, decode_at_least)}.pixels"
         total = 4 * len(distinct) + int((3 * width * height).sum())
-        _check_space(kind, file, total)
-        return cls(file, distinct, np.stack([height, width], axis=1))
+        try:
+            file = _folder(kind, keep=name) / name
+            _check_space(kind, file, total)
+            return cls(file, distinct, np.stack([height, width], axis=1))
+        except OSError as error:
+            remedy = "set MLFLOW_SSL_CACHE to another folder, or" if kind == "disk" else "use cache=disk or"
+            raise InputError(
+                f"datamodule.cache={kind} must have a file to write, got {error}; {remedy} cache=none"
+            ) from error
 
     def rows(self, digests: pa.Array) -> "CachedRows":
         """Return the images with these contents, in this order."""
@@ -133,7 +153,11 @@ class PixelCache:
             if self._checked[slot] or _checksum(pixels) == self._sums[slot]:
                 self._checked[slot] = True
                 return pixels.reshape(*self._shapes[slot], 3)
-        pixels = _resized(decode(), *self._shapes[slot].tolist())
+        image = decode()
+        height, width = self._shapes[slot].tolist()
+        if image.shape[0] < height or image.shape[1] < width:  # the file has changed since it was measured
+            return image
+        pixels = _resized(image, height, width)
         self._write(slot, pixels)
         return pixels
 
@@ -152,32 +176,22 @@ class PixelCache:
 
     def _open(self) -> None:
         self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._descriptor = _open_private(self.file)
-        if os.fstat(self._descriptor).st_size not in (0, self.nbytes):  # not of our making
-            os.close(self._descriptor)
-            self.file.unlink()
-            self._descriptor = _open_private(self.file)
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # says that the file is in use
+        in_memory = self.file.parent.parent == _SHARED_MEMORY
+        self._descriptor = (_open_leased if in_memory else _open_ours)(self.file, self.nbytes)
+        # lets go when this object does and at the end of the process, unlike `__del__`
+        self._let_go = weakref.finalize(self, _let_go, os.getpid(), self._descriptor, self.file, leased=in_memory)
         os.ftruncate(self._descriptor, self.nbytes)  # sparse; nothing happens where it has that size
+        if self.num_images and hasattr(os, "posix_fallocate"):
+            # to read a hole through a map of a tmpfs takes memory, and where none is left that is a signal: SIGBUS
+            os.posix_fallocate(self._descriptor, 0, 4 * self.num_images)
         self._map = mmap.mmap(self._descriptor, self.nbytes, access=mmap.ACCESS_READ) if self.nbytes else b""
         self._sums = np.frombuffer(self._map, dtype=np.uint32, count=self.num_images)
         self._checked = np.zeros(self.num_images, dtype=bool)
-        self._owner = os.getpid()
 
     def close(self) -> None:
-        """Let go of the file; one in memory is removed by the last that does."""
-        if self._owner != os.getpid():  # a forked worker
-            return
-        if self.file.is_relative_to(_SHARED_MEMORY):
-            _remove_unused(self._descriptor, self.file)
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
-        self._owner = -1
-
-    def __del__(self) -> None:
-        """Close."""
-        if getattr(self, "_owner", -1) == os.getpid():
-            self.close()
+        """Let go of the file; one in memory is removed by the last that does. Images are no longer written."""
+        self._writing = False  # the descriptor's number may soon be another file's
+        self._let_go()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process opens the file by."""
@@ -200,11 +214,27 @@ class CachedRows:
         return self._cache.get(int(self._slots[row]), decode)
 
 
+def _distinct(digests: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    """Return the distinct digests, sorted, and a row of each, shape ``(N,)``."""
+    order = pc.sort_indices(digests)
+    ordered = digests.take(order)
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = pc.not_equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
+    return ordered.filter(pa.array(new)), order.to_numpy()[new].astype(np.int64)
+
+
+def _name(distinct: pa.Array, shorter_side: int, decode_at_least: int | None) -> str:
+    name = hashlib.blake2b(f"{_FORMAT} {shorter_side} {decode_at_least}\n".encode(), digest_size=16)
+    lines = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(distinct)], pa.int32()), distinct), "\n")
+    name.update(lines[0].as_buffer())
+    return name.hexdigest()
+
+
 def _resized(image: Pixels, height: int, width: int) -> Pixels:
     if image.shape[:2] != (height, width):
         resized: Any = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         image = resized
-    image = np.ascontiguousarray(image)
+    image = np.ascontiguousarray(image).view()  # the caller may go on writing to its own
     image.flags.writeable = False
     return image
 
@@ -220,31 +250,94 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _folder(kind: str) -> Path:
+# where files are
+
+
+def _folder(kind: str, *, keep: str) -> Path:
+    """Return the folder of the files; of those in memory, remove what killed runs have left, except ``keep``."""
     if kind == "disk":
-        return cache_folder() / "pixels"
+        folder = cache_folder() / "pixels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
     if not _SHARED_MEMORY.is_dir():
         raise InputError("datamodule.cache=ram needs /dev/shm, which this system has not; use cache=disk")
     folder = _SHARED_MEMORY / f"mlflow_ssl-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or folder.is_symlink():
-        raise InputError(f"datamodule.cache=ram finds {folder} to be somebody else's; use cache=disk")
-    for file in folder.glob("*.pixels"):  # of runs that were killed
-        descriptor = _open_private(file)
-        _remove_unused(descriptor, file)
-        os.close(descriptor)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # everybody can write where it is: it may be somebody else's, or a link
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InputError(f"datamodule.cache=ram must have {folder} for this user alone; remove it, or use cache=disk")
+    _remove_unused(folder, keep=keep)
     return folder
 
 
+def _open_leased(file: Path, nbytes: int) -> int:
+    while True:
+        descriptor = _open_ours(file, nbytes)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if _is_at(descriptor, file):
+            return descriptor
+        os.close(descriptor)  # its last user removed it meanwhile
+
+
+def _open_ours(file: Path, nbytes: int) -> int:
+    """Open a file of ours, in place of whatever else there is under its name."""
+    try:
+        descriptor = _open_private(file)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES):  # a link, or somebody else's
+            raise
+    else:
+        if _is_ours(os.fstat(descriptor), file.parent, nbytes):
+            return descriptor
+        os.close(descriptor)
+    file.unlink(missing_ok=True)
+    return _open_private(file)
+
+
+def _is_ours(found: os.stat_result, folder: Path, nbytes: int) -> bool:
+    # a file server may give all files to one user: then the folder is that user's, too
+    ours = found.st_uid in (os.getuid(), folder.stat().st_uid)
+    return stat.S_ISREG(found.st_mode) and ours and found.st_size in (0, nbytes)
+
+
 def _open_private(file: Path) -> int:
-    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
 
-def _remove_unused(descriptor: int, file: Path) -> None:
-    with contextlib.suppress(OSError):
+def _let_go(owner: int, descriptor: int, file: Path, *, leased: bool) -> None:
+    if os.getpid() != owner:  # a forked worker
+        return
+    if leased:  # by name: a map keeps its file open, and the lease with it
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+    if leased:
+        _remove_unused(file.parent)
+
+
+def _remove_unused(folder: Path, *, keep: str | None = None) -> None:
+    """Remove the files without a lease."""
+    for file in folder.glob("*.pixels"):
+        if file.name != keep:
+            with contextlib.suppress(OSError):  # in use, or gone
+                _remove_if_unused(file)
+
+
+def _remove_if_unused(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.unlink()
+        if _is_at(descriptor, file):
+            file.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_space(kind: str, file: Path, total: int) -> None:
@@ -253,15 +346,23 @@ def _check_space(kind: str, file: Path, total: int) -> None:
     Raises:
         InputError: naming what it needs and what there is.
     """
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    there = file.stat().st_blocks * 512 if file.exists() else 0
+    there = file.lstat().st_blocks * 512 if file.exists() else 0
+    if there >= total:
+        return
     needed = total - there + _ROOM
-    free = shutil.disk_usage(file.parent).free
-    if kind == "ram":
-        free = min(free, psutil.virtual_memory().available)
-    if needed > free:
-        remedy = "use cache=disk, or start a container with a larger --shm-size" if kind == "ram" else "make room"
-        raise InputError(
-            f"datamodule.cache={kind} needs {needed / 1e9:.1f} GB in {file.parent}, which has {free / 1e9:.1f} GB free;"
-            f" {remedy}, or lower datamodule.cache_shorter_side"
-        )
+    for place, free, remedy in _limits(kind, file.parent):
+        if needed > free:
+            raise InputError(
+                f"datamodule.cache={kind} needs {needed / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB free; "
+                f"{remedy}, or lower datamodule.cache_shorter_side"
+            )
+
+
+def _limits(kind: str, folder: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield what the file takes space of, how many bytes are free there, and what helps."""
+    free = shutil.disk_usage(folder).free
+    if kind == "disk":
+        yield str(folder), free, "make room, set MLFLOW_SSL_CACHE to a folder on another disk"
+    else:
+        yield str(_SHARED_MEMORY), free, "use cache=disk, start a container with a larger --shm-size"
+        yield "memory", psutil.virtual_memory().available, "use cache=disk"
