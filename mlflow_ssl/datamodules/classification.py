@@ -273,6 +273,7 @@ class ClassificationDataModule(LightningDataModule):
             widths=table["width"].to_numpy().astype(np.int64),
             heights=table["height"].to_numpy().astype(np.int64),
             shorter_side=self.cache_shorter_side or 1,
+            decode_at_least=self.decode_at_least,
         )
         ready, all_images = self._pixels.num_ready, self._pixels.num_images
         log.info("cache of %d images, %.1f GB: %d are there", all_images, self._pixels.nbytes / 1e9, ready)
