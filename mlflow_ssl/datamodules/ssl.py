@@ -123,7 +123,8 @@ class SSLDataModule(ClassificationDataModule):
         views, labels = batch
         loop: Any = self.trainer.fit_loop.epoch_loop
         moment = (self.trainer.current_epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
-        return self._finished(views, moment), labels
+        # Lightning has converted what came before: weights of bfloat16 take no float32
+        return self.trainer.precision_plugin.convert_input(self._finished(views, moment)), labels
 
     def _finished(self, views: Sequence[Tensor], moment: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Return views ``(B, 3, H, W)`` after the device's transforms, drawn by seed, moment and view alone."""

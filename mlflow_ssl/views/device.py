@@ -5,8 +5,8 @@ an image; and `DeviceViews`, which draws the numbers. They are torchvision's ope
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,47 +15,57 @@ from torch.nn import functional as F
 GREY = (0.2989, 0.587, 0.114)
 """Luminance of red, green and blue: ITU-R BT.601, as torchvision has it."""
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""The ways of jittering, by the place of their numbers."""
 
-def grey(images: Tensor) -> Tensor:
+
+def to_grey(images: Tensor) -> Tensor:
     """Return the luminance ``(B, 1, H, W)``."""
-    red, green, blue = images.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).unsqueeze(1)
+    red, green, blue = torch.split(images, 1, dim=1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Return ``factor * image``, clamped; ``factor`` has the shape ``(B,)``, here and below."""
-    return (images * _each(factor)).clamp(0, 1)
+def adjust(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Return each image blended with what its operation blends it with: ``factor * image + (1 - factor) * other``.
 
+    That is black for brightness, the mean luminance for contrast and the luminance for saturation; the blend is clamped
+    to [0, 1]. One operation for all three, so that images in which they come in another order share a batch.
 
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Return each image blended with its mean luminance."""
-    return _blend(images, grey(images).mean((1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Return each image blended with its luminance."""
-    return _blend(images, grey(images), factor)
+    Args:
+        images: shape ``(B, 3, H, W)``.
+        operation: `BRIGHTNESS`, `CONTRAST` or `SATURATION` of each image, shape ``(B,)``.
+        factor: 0 or more, shape ``(B,)``.
+    """
+    luminance = to_grey(images)
+    mean = luminance.mean((1, 2, 3)) * (operation == CONTRAST)
+    other = luminance.mul_(_each(operation == SATURATION)).add_(_each(mean))
+    return torch.lerp(other, images, _each(factor)).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Return each image with its hue turned by a share of the circle.
+    """Return each image with its hue turned by a share of the circle, shape ``(B,)``.
 
-    Value and chroma stay, so a channel is ``value - chroma * max(0, min(k, 4 - k, 1))`` with ``k = (n + 6 hue) mod 6``
-    and ``n`` = 5, 3, 1 for red, green and blue.
+    The least channel and the chroma stay; of a hue ``h``, in sixths of the circle, red has as its share of the
+    chroma ``|h - 3| - 1``, green ``2 - |h - 2|`` and blue ``2 - |h - 4|``, each clamped to [0, 1].
 
     References:
-        https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+        Smith 1978, Color Gamut Transform Pairs, doi:10.1145/965139.807361.
     """
-    value, largest = images.max(1)  # (B, H, W)
-    chroma = value - images.amin(1)
-    red, green, blue = images.unbind(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], dim=1)
-    hue = sixths.gather(1, largest.unsqueeze(1)) + 6 * _each(turn)  # (B, 1, H, W)
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    position = (offset + hue) % 6
-    share = torch.minimum(position, 4 - position).clamp(0, 1)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * share
+    red, green, blue = torch.split(images, 1, dim=1)
+    largest, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = largest - least
+    hue = torch.where(
+        largest == red,
+        green - blue,
+        torch.where(largest == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
+    )
+    hue = hue.div_(chroma.clamp(min=1e-12)).add_(_each(6 * turn))  # grey: 0 of any hue
+    hue = hue.sub_((hue / 6).floor_(), alpha=6)  # [0, 6)
+    turned = torch.empty_like(images)
+    torch.sub((hue - 3).abs_(), 1, out=turned[:, :1])
+    torch.sub(2, (hue - 2).abs_(), out=turned[:, 1:2])
+    torch.sub(2, (hue - 4).abs_(), out=turned[:, 2:])
+    return turned.clamp_(0, 1).mul_(chroma).add_(least)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, taps: int) -> Tensor:
@@ -68,7 +78,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, *, taps: int) -> Tensor:
     """
     count, channels, height, width = images.shape
     half = taps // 2
-    places = torch.arange(-half, half + 1, device=images.device, dtype=images.dtype)
+    places = torch.arange(-half, half + 1, device=images.device)
     kernels = torch.exp(-0.5 * (places / sigma[:, None]) ** 2)
     kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)  # (3 B, taps)
     planes = F.pad(images, (half, half, half, half), mode="reflect").view(1, count * channels, -1, width + 2 * half)
@@ -82,11 +92,40 @@ def solarize(images: Tensor, threshold: float) -> Tensor:
     return torch.where(images >= threshold, 1 - images, images)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What is done to each of ``B`` images, on the host.
+
+    Attributes:
+        flip: whether, shape ``(B,)``.
+        jitter: whether.
+        numbers: three factors, and the turn of the hue, shape ``(B, 4)``.
+        order: the operations in turn, shape ``(B, 4)``.
+        grey: whether.
+        blur: whether.
+        sigma: standard deviation, pixels.
+        solarize: whether.
+    """
+
+    flip: Tensor
+    jitter: Tensor
+    numbers: Tensor
+    order: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Drawn":
+        """Return what is done to some of the images."""
+        return Drawn(**{name: drawn[rows] for name, drawn in vars(self).items()})
+
+
 class DeviceViews:
     """Finish one view of each image of a batch: flip, jitter, grey, blur, solarize, normalize.
 
-    All random numbers are drawn on the host, so nothing waits for the device, and a view depends on the generator
-    alone, whatever the device.
+    All random numbers are drawn on the host and sent in one small tensor: nothing waits for the device, and a view
+    depends on the generator alone, whatever the device.
 
     Args:
         mean: of each channel, as a share of 1.
@@ -103,6 +142,9 @@ class DeviceViews:
         most_taps: values of its kernel, at most; it ends at three standard deviations.
         solarize: probability of inverting what is above ``threshold``.
         threshold: as a share of 1.
+
+    Raises:
+        ValueError: if a number is out of its bounds.
 
     References:
         Grill et al. 2020, arXiv:2006.07733, app. B, table 6.
@@ -124,14 +166,17 @@ class DeviceViews:
         sigma: Sequence[float] = (0.1, 2.0),
         most_taps: int = 23,
         solarize: float = 0.0,
-        threshold: float = 128 / 255,
+        threshold: float = 0.5,
     ) -> None:
-        probabilities = {"flip": flip, "jitter": jitter, "grey": grey, "blur": blur, "solarize": solarize}
-        for name, value in probabilities.items():
+        self.probabilities = {"flip": flip, "jitter": jitter, "grey": grey, "blur": blur, "solarize": solarize}
+        for name, value in self.probabilities.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a probability, got {value}")
-        self.mean, self.std = list(mean), list(std)
-        self.probabilities = probabilities
+        if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
+            raise ValueError(f"sigma must be two numbers above 0, the lower first, got {list(sigma)}")
+        if most_taps < 1 or most_taps % 2 == 0:
+            raise ValueError(f"most_taps must be odd and positive, got {most_taps}")
+        self.mean, self.std = tuple(mean), tuple(std)
         self.strengths = (brightness, contrast, saturation, hue)
         self.sigma = (float(sigma[0]), float(sigma[1]))
         self.taps = min(2 * math.ceil(3 * self.sigma[1]) + 1, most_taps)
@@ -144,57 +189,85 @@ class DeviceViews:
             images: bytes 0..255 or numbers in [0, 1], shape ``(B, 3, H, W)``.
             generator: on the host.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-            for operation, rows, numbers in self._draw(len(images), generator):
-                # only the rows that were drawn, and their numbers are on their way before the device asks for them
-                rows, numbers = (drawn.to(images.device, non_blocking=True) for drawn in (rows, numbers))
-                images = images.index_copy(0, rows, operation(images[rows], numbers))
-            mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-            return (images - mean) / std
+        return self.finish(images, self.draw(len(images), generator))
 
-    def _draw(self, count: int, generator: torch.Generator) -> list[tuple[Callable[..., Tensor], Tensor, Tensor]]:
-        """Return what is done, one after the other: an operation, the rows it is done to, and its number for each."""
-        chosen = {
-            name: torch.rand(count, generator=generator) < probability
-            for name, probability in self.probabilities.items()
-        }
-        numbers = torch.rand(5, count, generator=generator)
-        order = torch.rand(count, 4, generator=generator).argsort(1)
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return what is to be done to ``count`` images; the first of them are drawn alike for any count."""
+        chance, numbers, order = torch.split(torch.rand(count, 14, generator=generator), [5, 5, 4], dim=1)
+        chosen = {name: chance[:, place] < share for place, (name, share) in enumerate(self.probabilities.items())}
+        strengths = torch.tensor(self.strengths)
+        centre = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        drawn = centre + (2 * numbers[:, :4] - 1) * strengths
+        drawn[:, :HUE].clamp_(min=0)
         low, high = self.sigma
-        sigma = low + (high - low) * numbers[4]
-        steps: list[tuple[Callable[..., Tensor], Tensor, Tensor]] = [(_flipped, chosen["flip"], numbers[0])]
-        for place in range(4):
-            steps += [
-                (operation, chosen["jitter"] & (order[:, place] == number), factors)
-                for number, (operation, factors) in enumerate(self._jitters(numbers))
-            ]
-        steps += [
-            (lambda images, _: grey(images).expand_as(images), chosen["grey"], numbers[0]),
-            (lambda images, sigma: gaussian_blur(images, sigma, taps=self.taps), chosen["blur"], sigma),
-            (lambda images, _: solarize(images, self.threshold), chosen["solarize"], numbers[0]),
-        ]
-        return [(step, rows.nonzero()[:, 0], values[rows]) for step, rows, values in steps if rows.any()]
+        return Drawn(**chosen, numbers=drawn, order=order.argsort(1), sigma=low + (high - low) * numbers[:, 4])
 
-    def _jitters(self, numbers: Tensor) -> list[tuple[Callable[..., Tensor], Tensor]]:
-        """Return each way of jittering, and its factor or turn for every image."""
-        *factors, hue = ((2 * drawn - 1) * strength for drawn, strength in zip(numbers, self.strengths, strict=False))
-        brightness, contrast, saturation = ((1 + factor).clamp(min=0) for factor in factors)
-        return [
-            (adjust_brightness, brightness),
-            (adjust_contrast, contrast),
-            (adjust_saturation, saturation),
-            (adjust_hue, hue),
-        ]
+    def finish(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Return the views ``(B, 3, H, W)``, normalized, after what was drawn for each image."""
+        hue_place = torch.where(drawn.jitter, (drawn.order == HUE).int().argmax(1), -1)
+        sorting = hue_place.argsort(descending=True, stable=True)  # as `_jitter` needs them
+        drawn = drawn[sorting]
+        blends = drawn.order[drawn.order != HUE].view(-1, 3)
+        steps = {name: getattr(drawn, name).nonzero()[:, 0] for name in ("flip", "grey", "blur", "solarize")}
+        sent = _send(
+            {"sorting": sorting, "blends": blends, "factors": drawn.numbers.gather(1, blends)}
+            | {"turns": drawn.numbers[:, HUE], "sigma": drawn.sigma[steps["blur"]]}
+            | steps,
+            images.device,
+        )
+        before_hue = [int((hue_place > place).sum()) for place in range(3)]
+        with torch.autocast(images.device.type, enabled=False):
+            images = images[sent["sorting"]].contiguous()
+            images = _put(images, sent["flip"], lambda some: some.flip(3))
+            images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+            _jitter(images[: int(drawn.jitter.sum())], sent, before_hue)
+            images = _put(images, sent["grey"], lambda some: to_grey(some).repeat(1, 3, 1, 1))
+            taps = min(self.taps, 2 * min(images.shape[2:]) - 1)  # a border is no wider than what it reflects
+            images = _put(images, sent["blur"], lambda some: gaussian_blur(some, sent["sigma"], taps=taps))
+            images = _put(images, sent["solarize"], lambda some: solarize(some, self.threshold))
+            for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
+                channel.sub_(mean).div_(std)
+            return torch.empty_like(images).index_copy_(0, sent["sorting"], images)
 
 
-def _flipped(images: Tensor, _: Any) -> Tensor:
-    return images.flip(3)
+def _jitter(images: Tensor, sent: Mapping[str, Tensor], before_hue: Sequence[int]) -> None:
+    """Jitter the colours of images in place, each in its own order.
+
+    They are sorted by how many of the three blends come before the hue is turned, most first: ``before_hue`` counts
+    those where more than 0, 1 and 2 do. So each step is done to a slice.
+    """
+    count = len(images)
+
+    def blend(place: int, some: slice) -> None:
+        if len(images[some]):
+            images[some] = adjust(images[some], sent["blends"][some, place], sent["factors"][some, place])
+
+    for place, stop in enumerate(before_hue):
+        blend(place, slice(0, stop))
+    if count:
+        images.copy_(adjust_hue(images, sent["turns"][:count]))
+    for place, start in enumerate(before_hue):
+        blend(place, slice(start, count))
+
+
+def _put(images: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the images after an operation on some rows; they are overwritten."""
+    if len(rows) == len(images):
+        return operation(images)
+    return images.index_copy_(0, rows, operation(images[rows])) if len(rows) else images
+
+
+def _send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return tensors of the host on the device, sent as one; integers are below 2 to the 24."""
+    packed = torch.cat([tensor.flatten().float() for tensor in tensors.values()])
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # what is not waits for what the device is doing
+    parts = torch.split(packed.to(device, non_blocking=True), [tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
 
 
 def _each(numbers: Tensor) -> Tensor:
     return numbers.view(-1, 1, 1, 1)
-
-
-def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
-    return (_each(factor) * images + (1 - _each(factor)) * others).clamp(0, 1)

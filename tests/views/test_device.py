@@ -1,12 +1,24 @@
+import itertools
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
+from pytorch_lightning import Callback
 from test_operations import picture
 from test_view_transforms import MEAN, STD, recipe, statistics, unit
+from tiny import quiet_trainer, tiny_method
 from torchvision.transforms.v2 import functional
 
+from mlflow_ssl.callbacks import LastCheckpoint
 from mlflow_ssl.config import build
+from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets import TwoAugmentationDataset
 from mlflow_ssl.transforms import apply
-from mlflow_ssl.views import DeviceViews, device
+from mlflow_ssl.views import DeviceViews, RandomResizedCrop, device
+
+BLENDS = ["brightness", "contrast", "saturation"]
 
 
 def images(count=6, height=32, width=40):
@@ -32,10 +44,91 @@ def views(**options):
     ],
 )
 def test_each_image_is_adjusted_by_its_own_number_as_torchvision_does(name, numbers):
-    batch = images().float() / 255
-    ours = getattr(device, f"adjust_{name}")(batch, torch.tensor(numbers))
+    batch, numbers_of_all = images().float() / 255, torch.tensor(numbers)
+    if name == "hue":
+        ours = device.adjust_hue(batch, numbers_of_all)
+    else:
+        ours = device.adjust(batch, torch.full((6,), BLENDS.index(name)), numbers_of_all)
     for image, number, result in zip(batch, numbers, ours, strict=True):
         torch.testing.assert_close(result, getattr(functional, f"adjust_{name}")(image, number), atol=1e-5, rtol=1e-4)
+
+
+def by_torchvision(image, drawn, row):
+    """Return a view of one image, not normalized, by torchvision's operations in the order that was drawn."""
+    image = image.float() / 255
+    if drawn.flip[row]:
+        image = functional.horizontal_flip(image)
+    if drawn.jitter[row]:
+        for operation in drawn.order[row].tolist():
+            name, number = [*BLENDS, "hue"][operation], drawn.numbers[row, operation].item()
+            image = getattr(functional, f"adjust_{name}")(image, number)
+    if drawn.grey[row]:
+        image = functional.rgb_to_grayscale(image, 3)
+    if drawn.blur[row]:
+        image = functional.gaussian_blur(image, [13, 13], [drawn.sigma[row].item()] * 2)
+    return functional.solarize(image, 0.5) if drawn.solarize[row] else image
+
+
+def test_a_whole_view_is_torchvisions_operations_in_the_order_of_its_image():
+    batch = images(120, 20, 24)
+    full = DeviceViews(mean=(0.0,) * 3, std=(1.0,) * 3, blur=0.5, solarize=0.3)
+    drawn = full.draw(120, generator())
+    done = full.finish(batch, drawn)
+    expected = torch.stack([by_torchvision(image, drawn, row) for row, image in enumerate(batch)])
+    # a value at the very threshold may be inverted or not
+    agrees = torch.isclose(done, expected, atol=1e-4) | torch.isclose(1 - done, expected, atol=1e-4)
+    assert agrees.all()
+    assert torch.isclose(done, expected, atol=1e-4).float().mean() > 0.9999
+
+
+def test_an_image_is_finished_as_if_it_were_alone():
+    full = DeviceViews(mean=MEAN, std=STD, blur=0.5, solarize=0.3)
+    drawn = full.draw(40, generator())
+    batch = images(40)
+    together = full.finish(batch, drawn)
+    for row in range(40):
+        alone = full.finish(batch[row : row + 1], drawn[torch.tensor([row])])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_images_are_drawn_alike_in_a_larger_batch():
+    full = DeviceViews(mean=MEAN, std=STD, blur=0.5, solarize=0.3)
+    few, many = full.draw(3, generator()), full.draw(50, generator())[torch.arange(3)]
+    assert all(getattr(few, name).equal(drawn) for name, drawn in vars(many).items())
+
+
+def test_every_order_of_jittering_comes_as_often():
+    orders = Counter(map(tuple, views().draw(24_000, generator()).order.tolist()))
+    assert orders.keys() == set(itertools.permutations(range(4)))
+    assert all(count == pytest.approx(1000, abs=5 * 1000**0.5) for count in orders.values())
+
+
+def test_numbers_are_drawn_evenly_between_their_bounds():
+    drawn = views().draw(20_000, generator())
+    bounds = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
+    for numbers, (low, high) in zip([*drawn.numbers.T, drawn.sigma], [*bounds, (0.1, 2.0)], strict=True):
+        shares = torch.histc((numbers - low) / (high - low), bins=10, min=0, max=1) / 20_000
+        torch.testing.assert_close(shares, torch.full((10,), 0.1), atol=0.01, rtol=0)
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
+    absent = images().to("meta")  # has shapes and no values: what asks for one fails
+    assert DeviceViews(mean=MEAN, std=STD, blur=0.5, solarize=0.3)(absent, generator()).shape == absent.shape
+
+
+def test_images_smaller_than_the_kernel_are_blurred():
+    small = views(blur=1.0, sigma=(2.0, 2.0))(images(2, 4, 5), generator())
+    expected = device.gaussian_blur(images(2, 4, 5).float() / 255, torch.full((2,), 2.0), taps=7)
+    torch.testing.assert_close(small, expected)
+
+
+def test_any_memory_format_is_taken_and_left_as_it_was():
+    full, batch = DeviceViews(mean=MEAN, std=STD), images().float() / 255
+    before = batch.clone()
+    expected = full(batch, generator())
+    assert batch.equal(before)
+    assert full(batch.to(memory_format=torch.channels_last), generator()).equal(expected)
 
 
 def test_grey_images_have_no_hue_to_turn():
@@ -53,7 +146,7 @@ def test_each_image_is_blurred_by_its_own_width_as_torchvision_does():
 def test_solarize_and_grey_are_torchvisions():
     batch = images().float() / 255
     torch.testing.assert_close(device.solarize(batch, 0.5), functional.solarize(batch, 0.5))
-    torch.testing.assert_close(device.grey(batch), functional.rgb_to_grayscale(batch, 1))
+    torch.testing.assert_close(device.to_grey(batch), functional.rgb_to_grayscale(batch, 1))
 
 
 @pytest.mark.parametrize("name", ["flip", "jitter", "grey", "blur", "solarize"])
@@ -103,6 +196,94 @@ def test_views_are_distributed_as_those_of_the_workers(number):
     torch.testing.assert_close(histogram, expected_histogram, atol=0.012, rtol=0)
 
 
-def test_a_share_is_refused_that_is_none():
-    with pytest.raises(ValueError, match=r"^blur must be a probability, got 2$"):
-        views(blur=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blur": 2}, r"^blur must be a probability, got 2$"),
+        ({"sigma": (2.0, 0.1)}, r"^sigma must be two numbers above 0, the lower first, got \[2.0, 0.1\]$"),
+        ({"most_taps": 4}, r"^most_taps must be odd and positive, got 4$"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        views(**options)
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Seen(Callback):
+    """Keep the views of each training batch, by epoch and number; write a checkpoint before one of them."""
+
+    def __init__(self, checkpoint=None, stop=None):
+        self.views = {}
+        self.checkpoint, self.stop = checkpoint, stop
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.stop:
+            self.checkpoint.save(trainer)
+            raise StoppedError
+        self.views[trainer.current_epoch, batch_idx] = torch.stack(batch[0]).clone()
+
+
+FINISH = [DeviceViews(mean=MEAN, std=STD, blur=blur) for blur in (1.0, 0.1)]
+
+
+def train_and_look(
+    folder, *, finish=FINISH, num_workers=0, precision="32-true", checkpoint=None, stop=None, ckpt_path=None
+):
+    crop = RandomResizedCrop(size=(8, 8))
+    datamodule = SSLDataModule(
+        str(folder),
+        TwoAugmentationDataset([crop, crop]),
+        device_transforms=finish,
+        num_workers=num_workers,
+        batch_size=4,
+        val_size=0.0,
+        test_size=0.0,
+    )
+    seen = Seen(checkpoint, stop)
+    callbacks = [seen] if checkpoint is None else [checkpoint, seen]
+    trainer = quiet_trainer(max_epochs=2, limit_val_batches=0, precision=precision, callbacks=callbacks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        trainer.fit(tiny_method(), datamodule, ckpt_path=ckpt_path)
+    return seen.views
+
+
+def first_number(images, generator):
+    return torch.rand((), generator=generator).expand(images.shape)
+
+
+def test_every_epoch_batch_and_view_has_numbers_of_its_own(image_folder):
+    seen = train_and_look(image_folder({"a": 10, "b": 10}), finish=[first_number] * 2)
+    numbers = torch.stack(list(seen.values()))[:, :, 0, 0, 0, 0]  # (batches, views)
+    assert numbers.shape == (2 * 5, 2)
+    assert len(numbers.unique()) == 20
+
+
+def test_a_resumed_training_sees_the_views_of_an_uninterrupted_one(image_folder, tmp_path):
+    folder = image_folder({"a": 10, "b": 10})
+    whole = train_and_look(folder)
+    assert len(whole) == 2 * 5
+    with pytest.raises(StoppedError):
+        train_and_look(folder, checkpoint=LastCheckpoint(str(tmp_path)), stop=(1, 2))
+    resumed = train_and_look(folder, checkpoint=LastCheckpoint(str(tmp_path)), ckpt_path=tmp_path / "last.ckpt")
+    assert sorted(resumed) == [(1, 2), (1, 3), (1, 4)]
+    assert all(views.equal(whole[moment]) for moment, views in resumed.items())
+
+
+def test_views_do_not_depend_on_the_number_of_workers(image_folder, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    folder = image_folder({"a": 10, "b": 10})
+    alone, by_two = train_and_look(folder), train_and_look(folder, num_workers=2)
+    assert alone.keys() == by_two.keys()
+    assert all(views.equal(by_two[moment]) for moment, views in alone.items())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+def test_views_come_in_the_precision_of_the_weights(image_folder, precision, dtype):
+    whole = train_and_look(image_folder({"a": 4, "b": 4}), precision=precision)
+    assert {views.dtype for views in whole.values()} == {dtype}
