@@ -1,5 +1,6 @@
 """How albumentations transforms are drawn, and turned into what a network takes."""
 
+import hashlib
 import random
 from typing import Any
 
@@ -23,10 +24,22 @@ def apply(transform: Any, image: npt.NDArray[Any], *, draw: tuple[int, ...]) -> 
         image: ``(H, W, C)``.
         draw: what the draw depends on, such as seed, epoch, image and view; integers from 0.
     """
-    sequence = np.random.SeedSequence(draw)
-    generator = np.random.Generator(np.random.PCG64(sequence))
-    transform.set_random_state(generator, random.Random(int(sequence.generate_state(1, np.uint64)[0])))
+    seed = hashlib.blake2b(np.array(draw, dtype="<u8").tobytes(), digest_size=40).digest()
+    words: Any = _Words(seed[:32])
+    generator = np.random.Generator(np.random.PCG64(words))
+    transform.set_random_state(generator, random.Random(int.from_bytes(seed[32:], "little")))
     return transform(image=image)["image"]  # type: ignore[no-any-return]
+
+
+class _Words(np.random.bit_generator.ISeedSequence):
+    """Seeds a generator with a hash; numpy's own ``SeedSequence`` costs as much as to flip an image."""
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> npt.NDArray[Any]:
+        """Return the hash."""
+        return np.frombuffer(self._words, dtype=dtype, count=n_words)
 
 
 def to_tensor(image: npt.NDArray[Any] | Tensor) -> Tensor:

@@ -20,6 +20,8 @@ MOST_TAPS = 23
 GREY = np.array([0.299, 0.587, 0.114])
 """Luminance of red, green and blue: ITU-R BT.601."""
 
+_IDENTITY = np.eye(3)
+
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Return the image in another size, by cubic interpolation.
@@ -47,7 +49,7 @@ def adjust_contrast(image: Pixels, factor: float) -> Pixels:
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
     """Return the image blended with its grey version: ``factor * image + (1 - factor) * grey``, clamped to 0..255."""
-    return _pixels(cv2.transform(image, factor * np.eye(3) + (1 - factor) * GREY))
+    return _pixels(cv2.transform(image, factor * _IDENTITY + (1 - factor) * GREY))
 
 
 def adjust_hue(image: Pixels, turn: float) -> Pixels:

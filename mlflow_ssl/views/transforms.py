@@ -172,8 +172,9 @@ class NormalizedTensor(ImageOnlyTransform):  # type: ignore[misc]
 
     def apply(self, img: npt.NDArray[np.uint8], **_: Any) -> Tensor:
         """Return ``(image / 255 - mean) / std`` as float32 of shape ``(3, H, W)``."""
-        planes = torch.from_numpy(np.stack(cv2.split(img))).float()
-        return planes.mul_(self._scale).add_(self._shift)
+        planes = np.empty((3, *img.shape[:2]), dtype=np.uint8)
+        cv2.split(img, list(planes))  # writes into them
+        return torch.from_numpy(planes).float().mul_(self._scale).add_(self._shift)
 
     def get_transform_init_args_names(self) -> tuple[str, ...]:
         """Return what a serialized transform is made of."""
