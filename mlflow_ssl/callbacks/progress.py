@@ -18,7 +18,7 @@ SHOWN = {"train/loss": "loss {:.3f}", "val_acc": "val_acc {:.3f}", "train/images
 
 
 class Progress(ProgressBar):
-    """Show epoch, step, loss, ``val_acc``, images per second and time left.
+    """Show epoch, step, loss, ``val_acc``, images per second and time left; and how far a cache of images is filled.
 
     Args:
         every_seconds: time between two lines where there is no terminal.
@@ -46,6 +46,8 @@ class Progress(ProgressBar):
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()
             self._bar.add_task(_status(trainer), total=int(trainer.estimated_stepping_batches))
+            if _filling(trainer):
+                self._bar.add_task("images in the cache")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,19 +58,31 @@ class Progress(ProgressBar):
             return
         self._shown = now
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=_status(trainer))
+            self._draw(self._bar, trainer)
         else:
             self._write_line(trainer, now - self._began)
+
+    def _draw(self, bar: Bar, trainer: Trainer) -> None:
+        steps, *cache = bar.task_ids
+        bar.update(steps, completed=trainer.global_step, description=_status(trainer))
+        for task in cache:
+            filling = _filling(trainer)
+            if filling:
+                bar.update(task, completed=filling[0], total=filling[1])
+            else:
+                bar.update(task, visible=False)
 
     def _write_line(self, trainer: Trainer, seconds: float) -> None:
         total, done = int(trainer.estimated_stepping_batches), trainer.global_step
         left = seconds * (total - done) / max(done - self._first_step, 1)
-        log.info("%s  step %d/%d  %s left", _status(trainer), done, total, clock(left))
+        filling = _filling(trainer)
+        cache = f"  cache {filling[0]:,}/{filling[1]:,}" if filling else ""
+        log.info("%s  step %d/%d%s  %s left", _status(trainer), done, total, cache, clock(left))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the full bar standing."""
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=_status(trainer))
+            self._draw(self._bar, trainer)
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -86,6 +100,13 @@ def _status(trainer: Trainer) -> str:
     shown = [text.format(float(metrics[name])) for name, text in SHOWN.items() if name in metrics]
     epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
     return "  ".join([f"epoch {epoch}/{trainer.max_epochs}", *shown])
+
+
+def _filling(trainer: Trainer) -> tuple[int, int] | None:
+    """Return how many images of how many are in the cache; None where there is none, or all of them are."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    ready, total = getattr(datamodule, "cached_images", (0, 0))
+    return (ready, total) if ready < total else None
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -236,6 +237,11 @@ class ClassificationDataModule(LightningDataModule):
         """Build the index unless it is there."""
         _ = self.index
 
+    @property
+    def cached_images(self) -> tuple[int, int]:
+        """How many distinct images are in the cache, and how many will be."""
+        return (0, 0) if self._pixels is None else (self._pixels.num_ready, self._pixels.num_images)
+
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets of all splits."""
         self._open_cache()
@@ -247,7 +253,7 @@ class ClassificationDataModule(LightningDataModule):
     def teardown(self, stage: str | None = None) -> None:
         """Say how far the cache has come."""
         if self._pixels is not None and stage == "fit":
-            log.info("cache: %d of %d images", self._pixels.num_ready, self._pixels.num_images)
+            log.info("cache: %d of %d images", *self.cached_images)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of training images in an order drawn anew each epoch."""
@@ -264,18 +270,19 @@ class ClassificationDataModule(LightningDataModule):
     def _open_cache(self) -> None:
         if self.cache == "none" or self._pixels is not None:
             return
-        table = self.index.table
         from mlflow_ssl.datasets.pixels import PixelCache
 
+        table = self.index.table
+        widths, heights = (pc.fill_null(table[side], 0).to_numpy().astype(np.int64) for side in ("width", "height"))
         self._pixels = PixelCache.open(
             self.cache,
             digests=column(table, "digest"),
-            widths=table["width"].to_numpy().astype(np.int64),
-            heights=table["height"].to_numpy().astype(np.int64),
+            widths=widths,
+            heights=heights,
             shorter_side=self.cache_shorter_side or 1,
             decode_at_least=self.decode_at_least,
         )
-        ready, all_images = self._pixels.num_ready, self._pixels.num_images
+        ready, all_images = self.cached_images
         log.info("cache of %d images, %.1f GB: %d are there", all_images, self._pixels.nbytes / 1e9, ready)
 
     def _image_dataset(self, index: ImageIndex, transform: Any, *, pixels: bool = False) -> ImageDataset:

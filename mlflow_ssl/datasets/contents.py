@@ -68,7 +68,7 @@ def read_contents(source: Source, found: pa.Table, *, max_pixels: int | None = N
         max_pixels: see `mlflow_ssl.datasets.decode.measure`.
 
     Returns:
-        The rows of the good files, with the columns ``digest`` (BLAKE2b of the content, 32 hexadecimal digits),
+        The rows of the good files, with the columns ``digest`` (see `content_digest`),
         ``width`` and ``height`` (pixels, upright) behind; and the bad ones.
     """
     started = time.time_ns()
@@ -89,6 +89,11 @@ def read_contents(source: Source, found: pa.Table, *, max_pixels: int | None = N
             _store(source, pa.concat_tables([recalled, lasting]), asked=column(found, "path"))
     together = pa.concat_tables([recalled, fresh]).take(np.argsort(np.concatenate([known, unknown])))
     return _judge(found, together.combine_chunks())
+
+
+def content_digest(data: bytes) -> str:
+    """Return what stands for a file's content: its BLAKE2b, 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def without_contents(found: pa.Table) -> pa.Table:
@@ -126,7 +131,7 @@ def _read_file(reader: Reader, row: int, *, max_pixels: int | None) -> _Content:
         data = reader[row]
     except OSError as error:
         return _Content(reason=f"cannot be read: {error.strerror or error}")
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    digest = content_digest(data)
     try:
         width, height = measure(data) if max_pixels is None else measure(data, max_pixels=max_pixels)
     except DecodeError as error:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImage, BadImageList
+from mlflow_ssl.datasets.contents import content_digest
 from mlflow_ssl.datasets.decode import DecodeError, decode
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.sampler import Key
@@ -21,8 +22,12 @@ REPLACEMENTS = 20
 class Pixels(Protocol):
     """Remembers decoded images, see `mlflow_ssl.datasets.pixels.PixelCache`."""
 
-    def get(self, row: int, decode: Any) -> npt.NDArray[np.uint8]:
-        """Return pixels ``(H, W, 3)``, decoded unless they are known."""
+    def find(self, row: int) -> npt.NDArray[np.uint8] | None:
+        """Return pixels ``(H, W, 3)``, or None."""
+        ...
+
+    def store(self, row: int, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Keep an image, and return what `find` will."""
         ...
 
 
@@ -70,6 +75,7 @@ class ImageDataset(Dataset[Any]):
         self.cache = cache
         # Arrow and numpy, not lists: forked workers share them instead of copying them
         self._paths = column(index.table, "path")
+        self._digests = column(index.table, "digest")
         self._labels = index.labels
 
     def __len__(self) -> int:
@@ -91,9 +97,14 @@ class ImageDataset(Dataset[Any]):
             OSError: if it cannot be read.
             DecodeError: if it is no image.
         """
-        if self.cache is not None:
-            return self.cache.get(row, lambda: self._decode(self.reader[row]))
-        return self._decode(self.reader[row])
+        known = None if self.cache is None else self.cache.find(row)
+        if known is not None:
+            return known
+        data = self.reader[row]
+        image = self._decode(data)
+        if self.cache is None or content_digest(data) != self._digests[row].as_py():  # changed since it was indexed
+            return image
+        return self.cache.store(row, image)
 
     def streamed(self, data: bytes, key: Key) -> Any:
         """Return what ``self[key]`` would, for an image whose bytes are at hand; None for one that is skipped."""

@@ -20,7 +20,7 @@ import shutil
 import stat
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +145,21 @@ class PixelCache:
         """Bytes of the whole file."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def get(self, slot: int, decode: Callable[[], Pixels]) -> Pixels:
-        """Return the pixels ``(H, W, 3)`` of a slot, read-only; ``decode`` gives the image where it is missing."""
+    def find(self, slot: int) -> Pixels | None:
+        """Return the pixels ``(H, W, 3)`` of a slot, read-only; None where they are missing."""
+        if not self._sums[slot]:
+            return None
         begin, end = self._begins[slot], self._ends[slot]
-        if self._sums[slot]:
-            pixels = np.frombuffer(self._map, dtype=np.uint8, count=end - begin, offset=begin)
-            if self._checked[slot] or _checksum(pixels) == self._sums[slot]:
-                self._checked[slot] = True
-                return pixels.reshape(*self._shapes[slot], 3)
-        image = decode()
+        pixels = np.frombuffer(self._map, dtype=np.uint8, count=end - begin, offset=begin)
+        if not self._checked[slot] and _checksum(pixels) != self._sums[slot]:
+            return None
+        self._checked[slot] = True
+        return pixels.reshape(*self._shapes[slot], 3)
+
+    def store(self, slot: int, image: Pixels) -> Pixels:
+        """Keep a decoded image; return what `find` will."""
         height, width = self._shapes[slot].tolist()
-        if image.shape[0] < height or image.shape[1] < width:  # the file has changed since it was measured
+        if image.shape[0] < height or image.shape[1] < width:  # is not what was measured
             return image
         pixels = _resized(image, height, width)
         self._write(slot, pixels)
@@ -209,9 +213,13 @@ class CachedRows:
         self._cache = cache
         self._slots = slots
 
-    def get(self, row: int, decode: Callable[[], Pixels]) -> Pixels:
-        """Return the pixels ``(H, W, 3)`` of a row; ``decode`` gives the image where it is not there yet."""
-        return self._cache.get(int(self._slots[row]), decode)
+    def find(self, row: int) -> Pixels | None:
+        """Return the pixels ``(H, W, 3)`` of a row, read-only; None where they are not there yet."""
+        return self._cache.find(int(self._slots[row]))
+
+    def store(self, row: int, image: Pixels) -> Pixels:
+        """Keep the decoded image of a row; return what `find` will."""
+        return self._cache.store(int(self._slots[row]), image)
 
 
 def _distinct(digests: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:

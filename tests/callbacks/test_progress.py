@@ -6,10 +6,13 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from tiny import fit, labelled, pairs, tiny_method
+from tiny import fit, labelled, pairs, quiet_trainer, tiny_method
 
 from mlflow_ssl.callbacks import KNNEvaluation, Progress
 from mlflow_ssl.callbacks.progress import clock
+from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets import TwoAugmentationDataset
+from mlflow_ssl.views import RandomResizedCrop
 
 
 class Terminal(io.StringIO):
@@ -86,6 +89,37 @@ def test_a_terminal_gets_a_bar_that_ends_full_and_no_lines(train, monkeypatch):
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).splitlines()[-1]
     assert "epoch 2/2" in last
     assert "4/4" in last
+
+
+def fill_a_cache(folder, progress):
+    datamodule = SSLDataModule(
+        str(folder),
+        TwoAugmentationDataset(RandomResizedCrop(size=(8, 8))),
+        cache="disk",
+        cache_shorter_side=8,
+        num_workers=0,
+        batch_size=4,
+        val_size=0.0,
+        test_size=0.0,
+    )
+    trainer = quiet_trainer(max_epochs=1, limit_val_batches=0, enable_progress_bar=True, callbacks=[progress])
+    trainer.fit(tiny_method(), datamodule)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
+def test_the_filling_of_a_cache_is_shown(image_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_SSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = image_folder({"a": 6, "b": 6})
+    caplog.set_level(logging.INFO, logger="mlflow_ssl.callbacks.progress")
+    fill_a_cache(folder, Progress(every_seconds=0))
+    lines = [r.getMessage() for r in caplog.records if r.name == "mlflow_ssl.callbacks.progress"]
+    assert [line.partition("  cache ")[2].partition("  ")[0] for line in lines] == ["4/12", "8/12", ""]
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    fill_a_cache(folder, Progress())
+    assert "images in the cache" in sys.stderr.getvalue()
 
 
 def test_a_terminal_is_given_back_when_a_training_fails(monkeypatch):

@@ -1,11 +1,13 @@
 import logging
 import shutil
 
+import numpy as np
 import pytest
 from conftest import write_images
 
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.datasets import assembly
+from mlflow_ssl.datasets.decode import decode
 from mlflow_ssl.errors import InputError
 
 
@@ -116,3 +118,18 @@ def test_images_without_a_class_beside_others_are_trained_on_only(tmp_path, labe
 def test_options_that_cannot_be_meant_are_refused(labelled, options, message):
     with pytest.raises(InputError, match=message):
         _ = module(labelled, **options).index
+
+
+def test_pixels_of_a_file_that_was_changed_after_its_indexing_are_not_cached(labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SSL_CACHE", str(tmp_path / "cache"))
+    datamodule = module(labelled, cache="disk", cache_shorter_side=8, val_size=0.0, test_size=0.0)
+    datamodule.setup()
+    images = datamodule._datasets["train"]
+    first, second = (labelled / path for path in datamodule.index.split("train").paths[:2])
+    pixels, content = images.picture(1).copy(), first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    np.testing.assert_array_equal(images.picture(0), pixels)
+    assert datamodule.cached_images == (1, 20)
+    first.write_bytes(content)
+    np.testing.assert_array_equal(images.picture(0), decode(content))
+    assert datamodule.cached_images == (2, 20)

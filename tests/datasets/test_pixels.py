@@ -65,6 +65,11 @@ def in_order(cache):
     return cache.rows(pa.array(DIGESTS))
 
 
+def get(cache, number, decode):
+    found = cache.find(number)
+    return cache.store(number, decode()) if found is None else found
+
+
 def never():
     pytest.fail("decoded again")
 
@@ -73,35 +78,35 @@ def test_an_image_is_decoded_once_and_kept_resized():
     cache = opened()
     rows = in_order(cache)
     for number in range(4):
-        np.testing.assert_array_equal(rows.get(number, lambda number=number: image(number)), expected(number))
+        np.testing.assert_array_equal(get(rows, number, lambda number=number: image(number)), expected(number))
     assert (cache.num_images, cache.num_ready) == (4, 4)
     for number in range(4):
-        np.testing.assert_array_equal(rows.get(number, never), expected(number))
+        np.testing.assert_array_equal(get(rows, number, never), expected(number))
 
 
 def test_the_next_run_finds_them_whatever_the_order_of_its_images():
     first = opened()
-    in_order(first).get(1, lambda: image(1))
+    get(in_order(first), 1, lambda: image(1))
     first.close()
     second = opened(numbers=[3, 1, 0, 2])
     assert second.num_ready == 1
-    np.testing.assert_array_equal(in_order(second).get(1, never), expected(1))
+    np.testing.assert_array_equal(get(in_order(second), 1, never), expected(1))
 
 
 def test_a_smaller_image_is_not_enlarged():
-    np.testing.assert_array_equal(in_order(opened()).get(2, lambda: image(2)), image(2))
+    np.testing.assert_array_equal(get(in_order(opened()), 2, lambda: image(2)), image(2))
 
 
 def test_equal_contents_share_a_slot():
     cache = opened(numbers=[0, 1, 0, 1])
     rows = cache.rows(pa.array(["d0", "d1", "d0", "d1"]))
-    rows.get(0, lambda: image(0))
+    get(rows, 0, lambda: image(0))
     assert cache.num_images == 2
-    np.testing.assert_array_equal(rows.get(2, never), expected(0))
+    np.testing.assert_array_equal(get(rows, 2, never), expected(0))
 
 
 def test_another_size_or_other_images_are_another_cache():
-    in_order(opened()).get(0, lambda: image(0))
+    get(in_order(opened()), 0, lambda: image(0))
     assert opened(side=12).num_ready == opened(numbers=[0, 1, 2]).num_ready == 0
     assert opened().num_ready == 1
 
@@ -109,12 +114,12 @@ def test_another_size_or_other_images_are_another_cache():
 def test_pixels_cannot_be_changed():
     rows = in_order(opened())
     for _ in range(2):
-        assert not rows.get(0, lambda: image(0)).flags.writeable
+        assert not get(rows, 0, lambda: image(0)).flags.writeable
 
 
 def test_pixels_that_are_not_what_was_written_are_decoded_again(folder):
     first = opened()
-    in_order(first).get(0, lambda: image(0))
+    get(in_order(first), 0, lambda: image(0))
     first.close()
     (file,) = folder.iterdir()
     content = bytearray(file.read_bytes())
@@ -122,9 +127,9 @@ def test_pixels_that_are_not_what_was_written_are_decoded_again(folder):
     file.write_bytes(content)
     again = []
     second = in_order(opened())
-    np.testing.assert_array_equal(second.get(0, lambda: again.append(1) or image(0)), expected(0))
+    np.testing.assert_array_equal(get(second, 0, lambda: again.append(1) or image(0)), expected(0))
     assert again
-    np.testing.assert_array_equal(second.get(0, never), expected(0))
+    np.testing.assert_array_equal(get(second, 0, never), expected(0))
 
 
 def test_a_checksum_without_its_pixels_is_not_believed(folder):
@@ -132,14 +137,14 @@ def test_a_checksum_without_its_pixels_is_not_believed(folder):
     (file,) = folder.iterdir()
     with file.open("r+b") as written:
         written.write(np.full(4, 12345, dtype=np.uint32).tobytes())
-    np.testing.assert_array_equal(in_order(opened()).get(3, lambda: image(3)), expected(3))
+    np.testing.assert_array_equal(get(in_order(opened()), 3, lambda: image(3)), expected(3))
 
 
 def test_a_file_of_another_size_is_replaced(folder):
     cache = opened()
     cache.close()
     cache.file.write_bytes(b"something else")
-    np.testing.assert_array_equal(in_order(opened()).get(3, lambda: image(3)), expected(3))
+    np.testing.assert_array_equal(get(in_order(opened()), 3, lambda: image(3)), expected(3))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def test_a_link_in_place_of_the_file_is_replaced_and_not_written_through(tmp_pat
     cache.file.unlink()
     (tmp_path / "precious").write_bytes(content)
     link(cache.file, tmp_path / "precious")
-    np.testing.assert_array_equal(in_order(opened()).get(3, lambda: image(3)), expected(3))
+    np.testing.assert_array_equal(get(in_order(opened()), 3, lambda: image(3)), expected(3))
     assert (tmp_path / "precious").read_bytes() == content
     assert not cache.file.is_symlink()
 
@@ -159,7 +164,7 @@ def test_a_link_in_place_of_the_file_is_replaced_and_not_written_through(tmp_pat
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_somebody_elses_file_is_replaced(folder):
     cache = opened()
-    in_order(cache).get(0, lambda: image(0))
+    get(in_order(cache), 0, lambda: image(0))
     os.chown(folder, 12345, 12345)
     os.chown(cache.file, 12345, 12345)
     assert opened().num_ready == 1  # so a file server does that gives all to one user
@@ -189,7 +194,7 @@ def test_too_many_open_files_cost_nobody_the_file(monkeypatch):
 
 
 def test_another_decoding_is_another_cache_and_never_too_coarse():
-    in_order(opened()).get(0, lambda: image(0))
+    get(in_order(opened()), 0, lambda: image(0))
     assert opened(decode_at_least=12).num_ready == 0
     with pytest.raises(InputError, match=r"^datamodule\.decode_at_least must be null, or .* which is 10, got 9$"):
         opened(decode_at_least=9)
@@ -198,7 +203,7 @@ def test_another_decoding_is_another_cache_and_never_too_coarse():
 def test_an_image_that_has_become_smaller_is_neither_enlarged_nor_kept():
     cache = opened()
     small = np.zeros((9, 9, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(in_order(cache).get(0, lambda: small), small)
+    np.testing.assert_array_equal(get(in_order(cache), 0, lambda: small), small)
     assert cache.num_ready == 0
 
 
@@ -215,7 +220,7 @@ def test_contents_must_be_known():
 
 def test_pixels_that_the_caller_still_writes_to_stay_writeable():
     mine = image(2).copy()
-    in_order(opened()).get(2, lambda: mine)
+    get(in_order(opened()), 2, lambda: mine)
     assert mine.flags.writeable
 
 
@@ -224,7 +229,7 @@ def test_no_locks_are_needed_on_disk(monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    np.testing.assert_array_equal(in_order(opened()).get(1, lambda: image(1)), expected(1))
+    np.testing.assert_array_equal(get(in_order(opened()), 1, lambda: image(1)), expected(1))
 
 
 def test_a_closed_cache_writes_into_no_other_file(tmp_path):
@@ -233,7 +238,7 @@ def test_a_closed_cache_writes_into_no_other_file(tmp_path):
     cache.close()
     with (tmp_path / "precious").open("wb") as other:
         assert other.fileno() == descriptor
-        np.testing.assert_array_equal(in_order(cache).get(0, lambda: image(0)), expected(0))
+        np.testing.assert_array_equal(get(in_order(cache), 0, lambda: image(0)), expected(0))
     assert (tmp_path / "precious").read_bytes() == b""
 
 
@@ -245,7 +250,7 @@ def test_a_full_disk_ends_the_writing_and_not_the_training(monkeypatch, caplog):
 
     monkeypatch.setattr(os, "pwrite", full)
     for number in (0, 1, 0):
-        np.testing.assert_array_equal(rows.get(number, lambda number=number: image(number)), expected(number))
+        np.testing.assert_array_equal(get(rows, number, lambda number=number: image(number)), expected(number))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "no longer cached" in warnings[0]
@@ -266,7 +271,7 @@ def test_a_cache_that_is_full_needs_no_space(monkeypatch):
     images = {"digests": pa.array([str(n) for n in range(count)]), "widths": side, "heights": side, "shorter_side": 64}
     cache = PixelCache.open("disk", **images)
     for slot in range(count):
-        cache.get(slot, lambda: np.zeros((64, 64, 3), dtype=np.uint8))
+        get(cache, slot, lambda: np.zeros((64, 64, 3), dtype=np.uint8))
     monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     assert PixelCache.open("disk", **images).num_ready == count
 
@@ -300,7 +305,9 @@ try:
 except OSError:
     pass
 for n in range(count):
-    assert (rows.get(n, lambda: np.full((8, 8, 3), n % 251, dtype=np.uint8)) == n % 251).all()
+    found = rows.find(n)
+    got = rows.store(n, np.full((8, 8, 3), n % 251, dtype=np.uint8)) if found is None else found
+    assert (got == n % 251).all()
 print(cache.num_ready < count)
 """
 
@@ -341,7 +348,7 @@ def fill(cache, numbers, together=None):
     for number in numbers:
         if together:
             together.wait(60)
-        np.testing.assert_array_equal(rows.get(number, lambda number=number: image(number)), expected(number))
+        np.testing.assert_array_equal(get(rows, number, lambda number=number: image(number)), expected(number))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -356,7 +363,7 @@ def test_workers_share_what_one_of_them_has_decoded(method):
         assert worker.exitcode == 0
     assert cache.num_ready == 4
     for number in range(4):
-        np.testing.assert_array_equal(in_order(cache).get(number, never), expected(number))
+        np.testing.assert_array_equal(get(in_order(cache), number, never), expected(number))
 
 
 def test_two_that_fill_one_slot_at_once_leave_it_right():
@@ -371,7 +378,7 @@ def test_two_that_fill_one_slot_at_once_leave_it_right():
         assert run.exitcode == 0
     fresh = in_order(opened())
     for number in range(4):
-        np.testing.assert_array_equal(fresh.get(number, never), expected(number))
+        np.testing.assert_array_equal(get(fresh, number, never), expected(number))
 
 
 RUN = """
@@ -391,7 +398,8 @@ def torn(descriptor, data, offset):
 for n in range(count):
     if n == int(stop):
         os.pwrite = torn
-    got = rows.get(n, lambda: np.full((64, 64, 3), n % 251, dtype=np.uint8))
+    found = rows.find(n)
+    got = rows.store(n, np.full((64, 64, 3), n % 251, dtype=np.uint8)) if found is None else found
     assert (got == n % 251).all()
 print(cache.num_ready, flush=True)
 """
@@ -439,8 +447,8 @@ def shared_files():
 def test_a_cache_in_memory_is_gone_with_its_last_user():
     first, second = opened("ram"), opened("ram")
     file = first.file
-    in_order(first).get(0, lambda: image(0))
-    np.testing.assert_array_equal(in_order(second).get(0, never), expected(0))
+    get(in_order(first), 0, lambda: image(0))
+    np.testing.assert_array_equal(get(in_order(second), 0, never), expected(0))
     first.close()
     assert file in shared_files()
     second.close()
@@ -460,8 +468,8 @@ def test_one_that_opens_while_the_last_user_closes_shares_with_the_next(monkeypa
         patch.setattr(fcntl, "flock", closing)
         first = opened("ram")
     second = opened("ram")
-    in_order(first).get(0, lambda: image(0))
-    np.testing.assert_array_equal(in_order(second).get(0, never), expected(0))
+    get(in_order(first), 0, lambda: image(0))
+    np.testing.assert_array_equal(get(in_order(second), 0, never), expected(0))
     first.close()
     assert second.file in shared_files()
 
@@ -499,8 +507,8 @@ def test_a_forked_worker_that_ends_does_not_remove_it():
 
 def test_a_pickled_cache_opens_its_file_again():
     cache = opened()
-    in_order(cache).get(0, lambda: image(0))
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(in_order(cache))).get(0, never), expected(0))
+    get(in_order(cache), 0, lambda: image(0))
+    np.testing.assert_array_equal(get(pickle.loads(pickle.dumps(in_order(cache))), 0, never), expected(0))
 
 
 @given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), side=st.integers(1, 2000))
