@@ -31,6 +31,11 @@ Find what is wrong with a data set before a training:
   python -m mlflow_ssl check-data FOLDER [KEY=VALUE ...] [report=FOLDER]
   mlflow run . -e check-data -P data_path=FOLDER
 
+Embed a data set with a registered network:
+
+  mlflow run . -e embed -P model_uri=models:/NAME/VERSION -P data_path=FOLDER
+  python -m mlflow_ssl embed model_uri=models:/NAME/VERSION data_path=FOLDER [output=FOLDER] [KEY=VALUE ...]
+
 KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
 """
 
@@ -105,8 +110,16 @@ def _check_data(words: Sequence[str]) -> None:
     check_data([*path, *to_overrides(words[len(path) :])])
 
 
+def _embed(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.embed import embed
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    embed(to_overrides(words))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "check-data": _check_data,
+    "embed": _embed,
     "reproduce": _reproduce,
     "sync": _sync,
 }

@@ -285,6 +285,10 @@ class ClassificationDataModule(LightningDataModule):
         ready, all_images = self.cached_images
         log.info("cache of %d images, %.1f GB: %d are there", all_images, self._pixels.nbytes / 1e9, ready)
 
+    def all_images(self, transform: Any) -> ImageDataset:
+        """Return every image of the index, in its order, through a transform of the caller."""
+        return self._image_dataset(self.index, transform)
+
     def _image_dataset(self, index: ImageIndex, transform: Any, *, pixels: bool = False) -> ImageDataset:
         return ImageDataset(
             open_reader(self.sources, index.table),

@@ -1,0 +1,174 @@
+"""Embed every image of a data set with a registered network, in constant memory, and go on where it was stopped."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mlflow_ssl.config import build, compose_config, parse_word
+from mlflow_ssl.datamodules.classification import ClassificationDataModule
+from mlflow_ssl.datamodules.loading import free_memory, nbytes, plan_loading, usable_cores
+from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImageList
+from mlflow_ssl.datasets.image import ImageDataset
+from mlflow_ssl.datasets.progress import Counting
+from mlflow_ssl.datasets.vectors import BAD_IMAGES, Manifest, VectorStore
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.tracking.embedder import Embedder, open_embedder
+from mlflow_ssl.tracking.report import log_report
+
+log = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
+OWN = ("model_uri", "output", "device")
+"""Words that are not the datamodule's."""
+
+
+def embed(words: Sequence[str]) -> VectorStore:
+    """Write the embeddings of a data set to a folder of Parquet files.
+
+    Args:
+        words: ``model_uri``; ``data_path`` and whatever else a training tells its datamodule; ``output``, by default a
+            folder below ``outputs/embeddings`` that is named by network and data; and ``device``.
+
+    Raises:
+        InputError: if network or data are not there, or ``output`` holds something else.
+    """
+    began = time.monotonic()
+    given, overrides = split_words(words, own=OWN)
+    embedder = open_embedder(required(given, "model_uri"), device=str(given.get("device", "auto")))
+    datamodule = open_data(overrides)
+    store = _open_store(given.get("output"), embedder, datamodule)
+    images = datamodule.all_images(embedder.transform)
+    images.bad_images = BadImageList(store.folder / BAD_IMAGES)
+    if not images.bad_images.file.exists():
+        images.bad_images.start(datamodule.bad_images)
+    known = store.manifest.num_parts - len(store.missing)
+    fill(store, embedder, images, datamodule)
+    _report(store, time.monotonic() - began, known=known)
+    return store
+
+
+def open_data(overrides: Sequence[str]) -> ClassificationDataModule:
+    """Return the images that words of a datamodule describe; those that cannot be read are left out.
+
+    Raises:
+        InputError: if there are none.
+    """
+    config = compose_config(["experiment=base/ssl/byol", *overrides])
+    if "data_path" not in {key.removeprefix("datamodule.") for key, _ in map(parse_word, overrides)}:
+        raise InputError("data_path must be given; add data_path=FOLDER")
+    datamodule: ClassificationDataModule = build(
+        config.datamodule, **{"on_bad_image": "skip", "cache": "none", "augmentation_dataset": object()}
+    )
+    return datamodule
+
+
+def split_words(words: Sequence[str], *, own: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return a task's own words by key, and the others as overrides of the datamodule."""
+    given: dict[str, Any] = {}
+    overrides = []
+    for word in words:
+        key, value = parse_word(word)
+        if key in own:
+            given[key] = value
+        else:
+            whole = key == "data_path" or key.startswith(("datamodule.", "core.", "experiment"))
+            overrides.append(word if whole else f"datamodule.{word}")
+    return given, overrides
+
+
+def required(given: dict[str, Any], key: str) -> str:
+    """Return a word that must be there.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if not given.get(key):
+        raise InputError(f"{key} must be given; add {key}=...")
+    return str(given[key])
+
+
+def _open_store(output: Any, embedder: Embedder, datamodule: ClassificationDataModule) -> VectorStore:
+    manifest = Manifest(
+        model_uri=embedder.uri,
+        model_digest=embedder.digest,
+        data_path=str(datamodule.root),
+        data_digest=datamodule.index.digest,
+        embedding_size=embedder.embedding_size,
+        num_images=len(datamodule.index),
+    )
+    named = Path("outputs", "embeddings", f"{manifest.model_digest[:12]}-{manifest.data_digest[:12]}")
+    return VectorStore.create(Path(str(output)).expanduser() if output else named, manifest)
+
+
+def fill(store: VectorStore, embedder: Embedder, images: ImageDataset, datamodule: ClassificationDataModule) -> None:
+    """Embed what is missing in a store, and write each part as soon as it is whole."""
+    missing, table = store.missing, datamodule.index.table
+    rows = [store.manifest.rows(part) for part in missing]
+    loader = _loader(images, [batch for part in rows for batch in _batches(part)])
+    batches = iter(loader)
+    with Counting("embedding", "images", sum(map(len, rows))) as counting:
+        for part, mine in zip(missing, rows, strict=True):
+            embeddings, good = [], []
+            for _ in _batches(mine):
+                pictures, labels = next(batches)
+                embeddings.append(embedder.embed(pictures))
+                good.append(labels != BAD_LABEL)
+                counting.advance(len(labels))
+            kept = torch.cat(good).numpy()
+            vectors = torch.cat(embeddings).numpy()[kept]
+            store.write(part, table.slice(mine.start, len(mine)).filter(pa.array(kept)), vectors)
+
+
+def _batches(rows: range) -> list[range]:
+    return [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+
+
+def _loader(images: ImageDataset, batches: list[range]) -> DataLoader[Any]:
+    specimen: list[Tensor] = [images[batch[0]][0] for batch in batches[:1]]
+    plan = plan_loading(
+        "auto",
+        cores=usable_cores(),
+        processes=1,
+        gpu=torch.cuda.is_available(),
+        batch_bytes=BATCH_SIZE * nbytes(specimen),
+        free_bytes=free_memory(),
+    )
+    few = sum(map(len, batches)) <= 4 * BATCH_SIZE  # processes take longer to start
+    return DataLoader(
+        images,
+        batch_sampler=[list(batch) for batch in batches],
+        num_workers=0 if few else plan.workers,
+        prefetch_factor=None if few else plan.prefetch,
+        pin_memory=plan.pinned,
+    )
+
+
+def _report(store: VectorStore, seconds: float, *, known: int) -> None:
+    manifest = store.manifest
+    embedded = sum(len(part) for part in store.read(["label"]))
+    lost = manifest.num_images - embedded
+    lines = [
+        f"embedded   {embedded:,} images, {manifest.embedding_size} numbers each, in {seconds:.0f} s"
+        + (f"; {known} of {manifest.num_parts} parts were there" if known else ""),
+        *([f"left out   {lost:,} images that cannot be read"] if lost else []),
+        f"network    {manifest.model_uri}",
+        f"output     {store.folder}",
+        "load",
+        "  import pandas",
+        f"  table = pandas.read_parquet({str(store.folder)!r})",
+    ]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if run_id:
+        metrics = {"embed/images": embedded, "embed/images_per_second": embedded / max(seconds, 1e-9)}
+        tags = {"model_uri": manifest.model_uri, "data.digest": manifest.data_digest}
+        log_report(run_id, store.folder, metrics=metrics, tags=tags, artifact_path="embeddings")
