@@ -31,10 +31,12 @@ Find what is wrong with a data set before a training:
   python -m mlflow_ssl check-data FOLDER [KEY=VALUE ...] [report=FOLDER]
   mlflow run . -e check-data -P data_path=FOLDER
 
-Embed a data set with a registered network:
+Embed a data set with a registered network; find an image's nearest in it; find copies and wrong labels:
 
-  mlflow run . -e embed -P model_uri=models:/NAME/VERSION -P data_path=FOLDER
   python -m mlflow_ssl embed model_uri=models:/NAME/VERSION data_path=FOLDER [output=FOLDER] [KEY=VALUE ...]
+  python -m mlflow_ssl search embeddings=FOLDER image=FILE [neighbours=10] [report=FOLDER]
+  python -m mlflow_ssl duplicates embeddings=FOLDER [threshold=0.98] [report=FOLDER]
+  mlflow run . -e embed|search|duplicates -P KEY=VALUE ...
 
 KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
 """
@@ -117,10 +119,24 @@ def _embed(words: Sequence[str]) -> None:
     embed(to_overrides(words))
 
 
+def _search(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.search import search
+
+    search(to_overrides(words))
+
+
+def _duplicates(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.duplicates import duplicates
+
+    duplicates(to_overrides(words))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "check-data": _check_data,
+    "duplicates": _duplicates,
     "embed": _embed,
     "reproduce": _reproduce,
+    "search": _search,
     "sync": _sync,
 }
 """First words that ask for something else than a training."""
