@@ -3,6 +3,7 @@
 ``N`` embeddings with known classes are the bank, ``Q`` are asked, all in ``D`` dimensions.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,30 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, bank: Tensor, num_neighbours: int, *, chunk_size: int = 1024) -> Neighbours:
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    num_neighbours: int,
+    *,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 16384,
+    device: torch.device | str | None = None,
+) -> Neighbours:
     """Find the nearest bank entries of each query in cosine distance.
+
+    The search is exact. Of entries equally near, the one that stands first in the bank comes first.
 
     Args:
         queries: shape ``(Q, D)``.
-        bank: shape ``(N, D)``.
+        bank: shape ``(N, D)``; may lie elsewhere than the queries, as on the host.
         num_neighbours: ``K``, at most ``N``.
-        chunk_size: queries compared at once; bounds memory at ``chunk_size * N`` similarities.
+        chunk_size: queries compared at once.
+        bank_chunk_size: bank entries compared at once; memory is bounded at ``chunk_size * bank_chunk_size``
+            similarities and ``bank_chunk_size * D`` numbers, besides the result.
+        device: where to compute, chunk by chunk; by default where the queries lie.
+
+    Returns:
+        What was found, where the queries lie.
 
     Raises:
         ValueError: if ``num_neighbours`` is not in 1..N.
@@ -44,15 +61,63 @@ def nearest(queries: Tensor, bank: Tensor, num_neighbours: int, *, chunk_size: i
     """
     if not 1 <= num_neighbours <= len(bank):
         raise ValueError(f"num_neighbours must be between 1 and the bank size {len(bank)}, got {num_neighbours}")
-    bank = F.normalize(bank.float(), dim=1)
-    chunks = [
-        (F.normalize(chunk.float(), dim=1) @ bank.T).topk(num_neighbours, dim=1)
-        for chunk in torch.split(queries, chunk_size)
-    ]
-    return Neighbours(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    device = queries.device if device is None else device
+    chunks = torch.split(queries, chunk_size)
+    best = [_none_found(len(chunk), device) for chunk in chunks]
+    # the bank outside: each of its chunks is moved and normalised once
+    for start in range(0, len(bank), bank_chunk_size):
+        entries = _unit(bank[start : start + bank_chunk_size], device)
+        for place, chunk in enumerate(chunks):
+            similarities, indices = _top(_unit(chunk, device) @ entries.T, num_neighbours)
+            best[place] = _merge(best[place], Neighbours(similarities, indices + start), num_neighbours)
+    return Neighbours(*(torch.cat(parts).to(queries.device) for parts in zip(*best, strict=True)))
 
 
-@torch.no_grad()
+def _unit(embeddings: Tensor, device: torch.device | str) -> Tensor:
+    """Return the embeddings as float32 of length 1; half precision is moved before it is widened."""
+    return F.normalize(embeddings.to(device).float(), dim=1)
+
+
+def _none_found(num_queries: int, device: torch.device | str) -> Neighbours:
+    """Return a list of no neighbours for each query."""
+    return Neighbours(
+        torch.empty(num_queries, 0, device=device), torch.empty(num_queries, 0, dtype=torch.long, device=device)
+    )
+
+
+def _top(similarities: Tensor, num: int) -> Neighbours:
+    """Return the ``num`` largest of each row, in the order of their places; the first of equals are taken."""
+    if num >= similarities.shape[1]:
+        places = torch.arange(similarities.shape[1], device=similarities.device)
+        return Neighbours(similarities, places.expand_as(similarities))
+    values, indices = similarities.topk(num + 1, dim=1)
+    tied = values[:, num] == values[:, num - 1]  # topk took any of several equals
+    indices = indices[:, :num].contiguous()
+    if tied.any():
+        indices[tied] = _top_first(similarities[tied], values[tied, num - 1], num)
+    indices = indices.sort(dim=1).values
+    return Neighbours(similarities.gather(1, indices), indices)
+
+
+def _top_first(similarities: Tensor, least: Tensor, num: int) -> Tensor:
+    """Return the places of the ``num`` largest of each row, of which ``least`` is the smallest."""
+    least = least[:, None]
+    # not `>`: topk has NaN for the largest
+    above = ~(similarities <= least)
+    # the first of the equals rank highest
+    ranks = torch.arange(similarities.shape[1], 0, -1, device=similarities.device) * (similarities == least)
+    return ranks.masked_fill(above, similarities.shape[1] + 1).topk(num, dim=1).indices
+
+
+def _merge(known: Neighbours, found: Neighbours, num: int) -> Neighbours:
+    """Keep the ``num`` nearest of both; ``known`` stand before ``found`` in the bank."""
+    similarities, order = torch.cat([known.similarities, found.similarities], dim=1).sort(
+        dim=1, descending=True, stable=True
+    )
+    indices = torch.cat([known.indices, found.indices], dim=1)
+    return Neighbours(similarities[:, :num].clone(), indices.gather(1, order[:, :num]))
+
+
 def knn_predict(
     queries: Tensor,
     bank: Tensor,
@@ -60,7 +125,9 @@ def knn_predict(
     *,
     num_neighbours: int = 20,
     temperature: float = 0.1,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 16384,
+    device: torch.device | str | None = None,
 ) -> Predictions:
     r"""Classify each query by its nearest bank entries in cosine distance.
 
@@ -73,10 +140,12 @@ def knn_predict(
         labels: class of each bank entry, shape ``(N,)``, integers from 0.
         num_neighbours: how many vote, at most ``N``.
         temperature: ``T`` of the weighted vote, above 0; similarities lie in [-1, 1].
-        chunk_size: queries compared at once; bounds memory at ``chunk_size * N`` similarities.
+        chunk_size: queries compared at once.
+        bank_chunk_size: bank entries compared at once; both bound memory as in :func:`nearest`.
+        device: where to compute; by default where the queries lie.
 
     Raises:
-        ValueError: if ``num_neighbours`` is not in 1..N.
+        ValueError: if ``num_neighbours`` is not in 1..N, or ``temperature`` not above 0.
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
@@ -86,23 +155,96 @@ def knn_predict(
     References:
         Wu et al. 2018, arXiv:1805.01978, sec. 3.4 (the weighted vote).
     """
-    found = nearest(queries, bank, num_neighbours, chunk_size=chunk_size)
+    _check_temperature(temperature)
+    found = nearest(
+        queries, bank, num_neighbours, chunk_size=chunk_size, bank_chunk_size=bank_chunk_size, device=device
+    )
+    return _vote(found, labels, [num_neighbours], temperature, chunk_size)[num_neighbours]
+
+
+def knn_sweep(
+    queries: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    *,
+    neighbours: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
+    temperature: float = 0.1,
+    chunk_size: int = 256,
+    bank_chunk_size: int = 16384,
+    device: torch.device | str | None = None,
+) -> dict[int, Predictions]:
+    """Classify as :func:`knn_predict` does, for several numbers of neighbours, from one search.
+
+    Args:
+        queries: shape ``(Q, D)``.
+        bank: shape ``(N, D)``.
+        labels: class of each bank entry, shape ``(N,)``, integers from 0.
+        neighbours: how many vote, in any order; those above ``N`` are left out.
+        temperature: of the weighted vote, above 0.
+        chunk_size: queries compared at once.
+        bank_chunk_size: bank entries compared at once; both bound memory as in :func:`nearest`.
+        device: where to compute; by default where the queries lie.
+
+    Returns:
+        The predictions by number of neighbours, the smallest first.
+
+    Raises:
+        ValueError: if a number is below 1, all are above ``N``, or ``temperature`` is not above 0.
+
+    Example:
+        >>> bank, labels = torch.tensor([[1.0, 0.0], [0.9, 0.4], [0.8, 0.5]]), torch.tensor([0, 1, 1])
+        >>> swept = knn_sweep(torch.tensor([[1.0, 0.0]]), bank, labels, neighbours=(1, 3, 5))
+        >>> {num: votes.majority.item() for num, votes in swept.items()}
+        {1: 0, 3: 1}
+
+    References:
+        Wu et al. 2018, arXiv:1805.01978, sec. 3.4; Caron et al. 2021, arXiv:2104.14294, app. F.1 (the sweep).
+    """
+    _check_temperature(temperature)
+    numbers = sorted({number for number in neighbours if number <= len(bank)})
+    if not numbers or numbers[0] < 1:
+        raise ValueError(
+            f"neighbours must name a number between 1 and the bank size {len(bank)}, and none below 1, "
+            f"got {tuple(neighbours)}"
+        )
+    found = nearest(queries, bank, numbers[-1], chunk_size=chunk_size, bank_chunk_size=bank_chunk_size, device=device)
+    return _vote(found, labels, numbers, temperature, chunk_size)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+@torch.no_grad()
+def _vote(
+    found: Neighbours, labels: Tensor, numbers: Sequence[int], temperature: float, chunk_size: int
+) -> dict[int, Predictions]:
+    """Let the first of the found vote, as many as each of the ascending ``numbers`` says."""
     num_classes = int(labels.max()) + 1
+    labels = labels.to(found.indices.device)
     chunks = [
-        _vote(similarities, labels[indices], num_classes, temperature)
+        list(_count(similarities, labels[indices], num_classes, numbers, temperature))
         for similarities, indices in zip(*(torch.split(part, chunk_size) for part in found), strict=True)
     ]
-    return Predictions(*(torch.cat(votes) for votes in zip(*chunks, strict=True)))
+    return {
+        number: Predictions(*(torch.cat(votes) for votes in zip(*parts, strict=True)))
+        for number, parts in zip(numbers, zip(*chunks, strict=True), strict=True)
+    }
 
 
-def _vote(similarities: Tensor, classes: Tensor, num_classes: int, temperature: float) -> Predictions:
-    """Count the votes of neighbours whose similarities and classes are ``(Q, K)``."""
-    empty = torch.zeros(len(classes), num_classes, device=similarities.device)
-    counts = empty.scatter_add(1, classes, torch.ones_like(similarities))  # (Q, classes)
+def _count(
+    similarities: Tensor, classes: Tensor, num_classes: int, numbers: Sequence[int], temperature: float
+) -> Iterator[Predictions]:
+    """Count the votes of neighbours whose similarities and classes are ``(Q, K)``, each only once."""
+    counts = torch.zeros(len(classes), num_classes, device=similarities.device)  # (Q, classes)
+    weighted = torch.zeros_like(counts)
     # the largest similarity becomes exp(0): no overflow however small the temperature
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    weighted = empty.scatter_add(1, classes, weights)
-    return Predictions(counts.argmax(1), weighted.argmax(1))
+    for start, stop in zip([0, *numbers], numbers, strict=False):
+        counts.scatter_add_(1, classes[:, start:stop], torch.ones_like(weights[:, start:stop]))
+        weighted.scatter_add_(1, classes[:, start:stop], weights[:, start:stop])
+        yield Predictions(counts.argmax(1), weighted.argmax(1))
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:

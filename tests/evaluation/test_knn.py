@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from mlflow_ssl.evaluation import knn_predict
-from mlflow_ssl.evaluation.knn import accuracy, nearest
+from mlflow_ssl.evaluation.knn import accuracy, knn_sweep, nearest
 
 
 def random_data(num_bank=60, num_queries=25, dim=8, num_classes=4, seed=0):
@@ -143,3 +143,37 @@ def test_more_neighbours_than_the_bank_has_are_refused(k):
 
 def test_accuracy_is_the_share_that_is_equal():
     assert accuracy(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])) == pytest.approx(2 / 3)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 13))
+def test_the_nearest_do_not_depend_on_the_chunks(seed, chunk_size, bank_chunk_size):
+    generator = torch.Generator().manual_seed(seed)
+    queries, bank = (torch.randint(-2, 3, (count, 3), generator=generator).float() for count in (11, 17))
+    whole = nearest(queries, bank, 5, chunk_size=100, bank_chunk_size=100)
+    chunked = nearest(queries, bank, 5, chunk_size=chunk_size, bank_chunk_size=bank_chunk_size)
+    torch.testing.assert_close(chunked.similarities, whole.similarities)
+    assert (chunked.indices.sort(1).values[:, 1:] > chunked.indices.sort(1).values[:, :-1]).all()  # each once
+
+
+def test_of_equally_near_entries_the_first_come_first():
+    bank = torch.eye(4).repeat(6, 1)
+    found = nearest(torch.eye(4), bank, 3, bank_chunk_size=5)
+    assert found.indices.tolist() == [[row, row + 4, row + 8] for row in range(4)]
+
+
+def test_a_sweep_is_one_vote_after_the_other():
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randn(count, 4, generator=generator) for count in (30, 60))
+    labels = torch.arange(60) % 5
+    swept = knn_sweep(queries, bank, labels, neighbours=(50, 1, 7, 200), temperature=0.2)
+    assert list(swept) == [1, 7, 50]
+    for count, votes in swept.items():
+        alone = knn_predict(queries, bank, labels, num_neighbours=count, temperature=0.2)
+        assert votes.majority.equal(alone.majority)
+        assert votes.weighted.equal(alone.weighted)
+
+
+@pytest.mark.parametrize("neighbours", [(), (61,), (0, 5)])
+def test_a_sweep_over_nothing_is_refused(neighbours):
+    with pytest.raises(ValueError, match=r"^neighbours must name a number between 1 and the bank size 60"):
+        knn_sweep(torch.randn(2, 4), torch.randn(60, 4), torch.arange(60) % 5, neighbours=neighbours)
