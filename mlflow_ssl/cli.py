@@ -31,6 +31,11 @@ Find what is wrong with a data set before a training:
   python -m mlflow_ssl check-data FOLDER [KEY=VALUE ...] [report=FOLDER]
   mlflow run . -e check-data -P data_path=FOLDER
 
+Measure a registered network, against others and against what needs no training:
+
+  python -m mlflow_ssl evaluate model_uri=models:/NAME/VERSION data_path=FOLDER [against=[URI,...]] [KEY=VALUE ...]
+  mlflow run . -e evaluate -P model_uri=models:/NAME/VERSION -P data_path=FOLDER
+
 Embed a data set with a registered network; find an image's nearest in it; find copies and wrong labels:
 
   python -m mlflow_ssl embed model_uri=models:/NAME/VERSION data_path=FOLDER [output=FOLDER] [KEY=VALUE ...]
@@ -131,10 +136,18 @@ def _duplicates(words: Sequence[str]) -> None:
     duplicates(to_overrides(words))
 
 
+def _evaluate(words: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.evaluate import evaluate
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    evaluate(to_overrides(words))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "check-data": _check_data,
     "duplicates": _duplicates,
     "embed": _embed,
+    "evaluate": _evaluate,
     "reproduce": _reproduce,
     "search": _search,
     "sync": _sync,

@@ -285,9 +285,9 @@ class ClassificationDataModule(LightningDataModule):
         ready, all_images = self.cached_images
         log.info("cache of %d images, %.1f GB: %d are there", all_images, self._pixels.nbytes / 1e9, ready)
 
-    def all_images(self, transform: Any) -> ImageDataset:
-        """Return every image of the index, in its order, through a transform of the caller."""
-        return self._image_dataset(self.index, transform)
+    def all_images(self, transform: Any, *, split: str | None = None) -> ImageDataset:
+        """Return every image of the index or of a split, in its order, through a transform of the caller."""
+        return self._image_dataset(self.index if split is None else self.index.split(split), transform)
 
     def _image_dataset(self, index: ImageIndex, transform: Any, *, pixels: bool = False) -> ImageDataset:
         return ImageDataset(

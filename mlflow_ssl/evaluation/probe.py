@@ -143,7 +143,9 @@ def linear_probe(
     best: Probe | None = None
     classifier: LinearClassifier | None = None
     for strength in sorted(strengths):
-        classifier = fit_linear(embeddings, labels, strength=strength, num_classes=num_classes, start=classifier)
+        classifier = fit_linear(
+            embeddings, labels, strength=strength, num_classes=num_classes, start=classifier, max_iterations=100
+        )
         accuracy = float((classifier.predict(val_embeddings) == val_labels).double().mean())
         if best is None or accuracy > best.val_accuracy:
             best = Probe(classifier, strength, accuracy)

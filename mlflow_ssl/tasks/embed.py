@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,26 @@ def _open_store(output: Any, embedder: Embedder, datamodule: ClassificationDataM
 def fill(store: VectorStore, embedder: Embedder, images: ImageDataset, datamodule: ClassificationDataModule) -> None:
     """Embed what is missing in a store, and write each part as soon as it is whole."""
     missing, table = store.missing, datamodule.index.table
-    rows = [store.manifest.rows(part) for part in missing]
-    loader = _loader(images, [batch for part in rows for batch in _batches(part)])
-    batches = iter(loader)
-    with Counting("embedding", "images", sum(map(len, rows))) as counting:
-        for part, mine in zip(missing, rows, strict=True):
+    parts = [store.manifest.rows(part) for part in missing]
+    for part, rows, (vectors, kept) in zip(missing, parts, embedded(embedder.embed, images, parts), strict=True):
+        good = pa.array(kept.numpy())
+        store.write(part, table.slice(rows.start, len(rows)).filter(good), vectors[kept].numpy())
+
+
+def embedded(
+    embed: Callable[[Tensor], Tensor], images: ImageDataset, parts: Sequence[range], *, doing: str = "embedding"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the embeddings ``(N, D)`` of each part of some images, and which of them could be read, ``(N,)``."""
+    batches = iter(_loader(images, [batch for part in parts for batch in _batches(part)]))
+    with Counting(doing, "images", sum(map(len, parts))) as counting:
+        for part in parts:
             embeddings, good = [], []
-            for _ in _batches(mine):
+            for _ in _batches(part):
                 pictures, labels = next(batches)
-                embeddings.append(embedder.embed(pictures))
+                embeddings.append(embed(pictures))
                 good.append(labels != BAD_LABEL)
                 counting.advance(len(labels))
-            kept = torch.cat(good).numpy()
-            vectors = torch.cat(embeddings).numpy()[kept]
-            store.write(part, table.slice(mine.start, len(mine)).filter(pa.array(kept)), vectors)
+            yield torch.cat(embeddings), torch.cat(good)
 
 
 def _batches(rows: range) -> list[range]:

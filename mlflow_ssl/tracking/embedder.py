@@ -4,9 +4,11 @@ Only networks of this project are opened: a TorchScript file and a transform in 
 unpickled. What another model gives is for the MLflow evaluator.
 """
 
+import copy
 import hashlib
+import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,30 @@ class Embedder:
         unit = images * self.network.std + self.network.mean  # it normalizes itself
         embeddings: Tensor = self.network(unit)
         return embeddings.float().cpu()
+
+    @torch.no_grad()
+    def untrained(self, *, seed: int = 0) -> "Embedder":
+        """Return the same network with weights drawn anew: what its shape alone is worth.
+
+        Matrices and kernels are He et al.'s, arXiv:1502.01852, eq. 10; scales are 1, shifts 0, and normalizations have
+        seen nothing.
+        """
+        network = copy.deepcopy(self.network)
+        generator = torch.Generator().manual_seed(seed)
+        for name, values in network.backbone.state_dict().items():
+            values.copy_(_drawn(name, values, generator))
+        return replace(self, uri="untrained", digest="", network=network)
+
+
+def _drawn(name: str, values: Tensor, generator: torch.Generator) -> Tensor:
+    if not values.is_floating_point():  # counters
+        return torch.zeros_like(values)
+    if values.ndim > 1:
+        fan_in = max(values[0].numel(), 1)
+        drawn: Tensor = torch.randn(values.shape, generator=generator) * math.sqrt(2 / fan_in)
+        return drawn
+    scale = name.endswith(("weight", "running_var", "gamma"))
+    return torch.ones_like(values) if scale else torch.zeros_like(values)
 
 
 def open_embedder(model_uri: str, *, device: str = "auto") -> Embedder:

@@ -1,9 +1,52 @@
-"""A report, logged to a run that ``mlflow run`` has opened, which then ends."""
+"""A report, logged to a run that ``mlflow run`` has opened, or to a new one, which then ends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelInput
+from mlflow.exceptions import MlflowException
+
+from mlflow_ssl.tracking.opening import connect, find_experiment, refusals_named
+
+
+def new_run(experiment: str, run_name: str) -> str:
+    """Open a run in an experiment, which is made if it is new, and return its id.
+
+    Raises:
+        InputError: if the tracking store does not answer, or refuses.
+    """
+    client = connect(None)
+    with refusals_named(client.tracking_uri):
+        known = find_experiment(client, experiment)
+        run = client.create_run(known or client.create_experiment(experiment), run_name=run_name)
+    return str(run.info.run_id)
+
+
+def link_models(run_id: str, uris: Sequence[str]) -> None:
+    """Make the logged models of registered versions inputs of a run; other models have no link."""
+    client = MlflowClient()
+    ids = [model_id for uri in uris if (model_id := _logged_model_id(client, uri))]
+    if ids:
+        client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in dict.fromkeys(ids)])
+
+
+def _logged_model_id(client: MlflowClient, uri: str) -> str | None:
+    name, _, version = uri.removeprefix("models:/").partition("/")
+    if not uri.startswith("models:/") or not version:
+        return None
+    try:
+        found = client.get_model_version(name, version)
+        if found.model_id:
+            return str(found.model_id)
+        # MLflow's own store forgets it, and the run that the version is of knows
+        outputs = client.get_run(found.run_id).outputs if found.run_id else None
+        for output in outputs.model_outputs if outputs else []:
+            if client.get_logged_model(output.model_id).artifact_location == found.source:
+                return str(output.model_id)
+    except MlflowException:
+        pass  # a version without a run, or of one that is gone
+    return None
 
 
 def log_report(

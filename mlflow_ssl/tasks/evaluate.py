@@ -1,0 +1,236 @@
+"""Measure registered networks on a data set, side by side and against what needs no training."""
+
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from pyarrow import csv
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor
+
+from mlflow_ssl.datamodules.classification import ClassificationDataModule
+from mlflow_ssl.datasets.index import ImageIndex
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.evaluation.intervals import Interval
+from mlflow_ssl.evaluation.scores import Labelled, Scores, by_class, compare, confusions, score
+from mlflow_ssl.pictures.confusion import confusion_matrix
+from mlflow_ssl.pictures.sheet import Shown, sheet_html
+from mlflow_ssl.tasks.embed import embedded, open_data, required, split_words
+from mlflow_ssl.tasks.search import inside
+from mlflow_ssl.tracking.embedder import Embedder, open_embedder
+from mlflow_ssl.tracking.report import link_models, log_report, new_run
+
+log = logging.getLogger(__name__)
+
+OWN = ("model_uri", "against", "baselines", "few_labels", "device", "name", "report")
+PIXELS, UNTRAINED = "raw pixels", "untrained"
+MOST_SHOWN = 12
+"""Images of a confusion on the sheet."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of it.
+
+    Attributes:
+        scores: by network, the one that was asked for first.
+        differences: by how much that one exceeds each other.
+        truth: class of each query, ``(Q,)``.
+        queries: the images.
+        classes: names.
+    """
+
+    scores: dict[str, Scores]
+    differences: dict[str, dict[str, Interval]]
+    truth: Tensor
+    queries: ImageIndex
+    classes: list[str]
+
+    @property
+    def first(self) -> Scores:
+        """Of the network that was asked for."""
+        return next(iter(self.scores.values()))
+
+    @property
+    def shown(self) -> str | None:
+        """The way of classifying that the tables of classes are of."""
+        predicted = self.first.predicted
+        return "linear" if "linear" in predicted else next(reversed(predicted), None)
+
+
+def evaluate(words: Sequence[str]) -> Evaluation:
+    """Measure networks on the test images of a data set, or on the validation images where there are none.
+
+    Args:
+        words: ``model_uri``; ``data_path`` and whatever else a training tells its datamodule; ``against``, a list of
+            other networks; ``baselines=false`` leaves out pixels and the untrained network; ``few_labels=false`` the
+            classifiers of few labels; ``device``; ``name`` of the experiment that a run is opened in, unless ``mlflow
+            run`` has; and ``report``, a folder for the files that the run gets.
+
+    Raises:
+        InputError: if a network or the data are not there, or there is nothing to measure on.
+    """
+    given, overrides = split_words(words, own=OWN)
+    against = given.get("against") or []
+    uris = [required(given, "model_uri"), *(against if isinstance(against, list) else [against])]
+    networks = [open_embedder(str(uri), device=str(given.get("device", "auto"))) for uri in uris]
+    datamodule = open_data(overrides)
+    splits = _splits(datamodule)
+    ways = {network.uri: (network, network.embed) for network in networks}
+    if given.get("baselines", True):
+        first = networks[0]
+        untrained = first.untrained()
+        ways |= {UNTRAINED: (untrained, untrained.embed), PIXELS: (first, lambda images: images.flatten(1))}
+    few_labels = bool(given.get("few_labels", True))
+    scores = {name: _score(name, *way, datamodule, splits, few_labels=few_labels) for name, way in ways.items()}
+    queries = datamodule.index.split(splits["queries"])
+    truth = torch.from_numpy(queries.labels)
+    # what cannot be read any more was left out of all
+    result = Evaluation(scores, compare(scores, truth, seed=0), truth, queries, list(datamodule.classes))
+    report = render(result, datamodule)
+    sys.stdout.write(report)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(str(given["report"])).expanduser() if given.get("report") else Path(scratch)
+        write_files(result, report, folder, root=datamodule.root)
+        _log(result, networks, datamodule, folder, name=str(given.get("name", "evaluation")))
+    return result
+
+
+def _splits(datamodule: ClassificationDataModule) -> dict[str, str]:
+    """Return which split is asked, and which chooses: test and val, or val alone."""
+    for queries, val in (("test", "val"), ("val", "")):
+        if len(datamodule.index.split(queries)):
+            return {"queries": queries, "val": val}
+    raise InputError("there are no test and no validation images to measure on; set datamodule.test_size")
+
+
+def _score(
+    name: str,
+    network: Embedder,
+    embed: Callable[[Tensor], Tensor],
+    datamodule: ClassificationDataModule,
+    splits: Mapping[str, str],
+    *,
+    few_labels: bool,
+) -> Scores:
+    bank = _embedded(name, network, embed, datamodule, "train")
+    bank = bank.take((bank.labels >= 0).nonzero().flatten())
+    if len(set(bank.labels.tolist())) < 2:
+        bank = bank.take(torch.empty(0, dtype=torch.long))
+    val = _embedded(name, network, embed, datamodule, splits["val"]) if splits["val"] and len(bank) else None
+    queries = _embedded(name, network, embed, datamodule, splits["queries"])
+    return score(bank, queries, val=val, few_labels=few_labels)
+
+
+def _embedded(
+    name: str,
+    network: Embedder,
+    embed: Callable[[Tensor], Tensor],
+    datamodule: ClassificationDataModule,
+    split: str,
+) -> Labelled:
+    images = datamodule.all_images(network.transform, split=split)
+    if not len(images):
+        return Labelled(torch.empty(0, 1), torch.empty(0, dtype=torch.long))
+    ((embeddings, good),) = embedded(embed, images, [range(len(images))], doing=f"{name}, {split}")
+    if not good.all():
+        raise InputError(f"{int((~good).sum())} images of {split} cannot be read any more; run check-data on them")
+    return Labelled(embeddings, torch.from_numpy(datamodule.index.split(split).labels))
+
+
+# what is said of it
+
+
+def render(result: Evaluation, datamodule: ClassificationDataModule) -> str:
+    """Return the tables as text."""
+    console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(f"{len(result.truth):,} images of {datamodule.root.name}, 95 % intervals\n")
+        console.print(_figures(result))
+        for name, differences in result.differences.items():
+            console.print()
+            console.print(_differences(name, differences))
+    return capture.get()
+
+
+def _figures(result: Evaluation) -> Table:
+    table = Table("", *result.scores)
+    for figure in result.first.figures:
+        table.add_row(figure, *(_cell(scores.figures.get(figure)) for scores in result.scores.values()))
+    return table
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    value, low, high = interval
+    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f}  {low:.3f} to {high:.3f}"
+
+
+def _differences(name: str, differences: Mapping[str, Interval]) -> Group:
+    table = Table("", "difference", "")
+    for figure, (value, low, high) in differences.items():
+        table.add_row(figure, f"{value:+.3f}  {low:+.3f} to {high:+.3f}", "" if low > 0 or high < 0 else "may be noise")
+    return Group(f"ahead of {name} by", table)
+
+
+def write_files(result: Evaluation, report: str, folder: Path, *, root: Path) -> None:
+    """Write tables, confusion matrix and the sheet of what is confused most.
+
+    Raises:
+        InputError: if that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.txt").write_text(report, encoding="utf-8")
+        rows = [
+            {"network": name, "figure": figure, **interval._asdict()}
+            for name, scores in result.scores.items()
+            for figure, interval in scores.figures.items()
+        ]
+        csv.write_csv(pa.Table.from_pylist(rows), folder / "scores.csv")
+        if result.shown is not None:
+            _write_classes(result, result.first.predicted[result.shown], folder, root=root)
+    except OSError as error:
+        raise InputError(f"report must be a folder that can be written, got {folder}: {error.strerror}") from error
+
+
+def _write_classes(result: Evaluation, predicted: Tensor, folder: Path, *, root: Path) -> None:
+    classes, truth = result.classes, result.truth
+    csv.write_csv(pa.Table.from_pylist(by_class(predicted, truth, classes)), folder / "classes.csv")
+    confusion_matrix(truth, predicted, classes).save(folder / "confusion_matrix.png")
+    pairs = confusions(predicted, truth, classes)
+    if pairs:
+        csv.write_csv(pa.Table.from_pylist(pairs), folder / "confusions.csv")
+    paths, sections = result.queries.table["path"], []
+    for pair in pairs:
+        true, said = classes.index(str(pair["class_name"])), classes.index(str(pair["predicted"]))
+        rows = ((truth == true) & (predicted == said)).nonzero().flatten()[:MOST_SHOWN].tolist()
+        shown = [Shown(inside(root, path), path) for path in (paths[row].as_py() for row in rows)]
+        sections.append((f"{pair['class_name']} taken for {pair['predicted']}: {pair['images']} images", [shown]))
+    page = sheet_html(f"Confused most in {root.name}, by {result.shown}", sections)
+    (folder / "worst_confused.html").write_text(page, encoding="utf-8")
+
+
+def _log(
+    result: Evaluation, networks: Sequence[Embedder], datamodule: ClassificationDataModule, folder: Path, *, name: str
+) -> None:
+    """Log to the run that ``mlflow run`` has opened, or to a new one, that knows the models it is of."""
+    uris = [network.uri for network in networks]
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None) or new_run(name, f"evaluate {uris[0].removeprefix('models:/')}")
+    link_models(run_id, uris)
+    metrics = dict(result.first.metrics)
+    for network, scores in list(result.scores.items())[1:]:
+        place = network.replace(":", "").replace("@", "_").replace(" ", "_").strip("/")
+        metrics |= {f"{place}/{figure}": interval.value for figure, interval in scores.figures.items()}
+    tags = {"model_uri": networks[0].uri, "data.digest": datamodule.index.digest, "data.path": str(datamodule.root)}
+    log_report(run_id, folder, metrics=metrics, tags=tags, artifact_path="evaluation")
+    sys.stdout.write(f"run        {run_id}\n")
