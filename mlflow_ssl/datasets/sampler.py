@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]
@@ -45,6 +46,10 @@ class EpochSampler(Sampler[Key]):
         """Yield epoch and index of each image."""
         epoch = self.epoch
         seen = self.start[1] if epoch == self.start[0] else 0
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-        for index in order[seen + self.rank : len(self) * self.world_size : self.world_size]:
+        for index in self.order(epoch)[seen // self.world_size :]:
             yield epoch, int(index)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the images that this process sees in an epoch, in their order."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        return order[self.rank : len(self) * self.world_size : self.world_size]
