@@ -8,11 +8,14 @@ from torch import Tensor
 
 from mlflow_ssl.callbacks.embeddings import is_query_loader
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
-from mlflow_ssl.evaluation.health import rankme
+from mlflow_ssl.evaluation.health import deviation_per_dimension, mean_cosine, rankme, uniformity
 
 
 class EmbeddingRank(Callback):
-    """Log ``embedding/rankme`` of the validation images at each validation: the monitor where no image has a class.
+    """Log what the embeddings of the validation images say of themselves, at each validation.
+
+    ``embedding/rankme`` is the monitor where no image has a class; ``embedding/deviation`` near 0 and
+    ``embedding/mean_cosine`` near 1 tell a collapse; ``embedding/uniformity`` falls as they spread.
 
     Args:
         max_images: of so many at most, taken evenly from all batches.
@@ -45,7 +48,13 @@ class EmbeddingRank(Callback):
             self._kept.append(good[:share].float())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the rank."""
-        if self._kept and not trainer.sanity_checking:
-            pl_module.log("embedding/rankme", rankme(torch.cat(self._kept)))
-        self._kept = []
+        """Log rank and spread; the spread of one image is none."""
+        kept, self._kept = self._kept, []
+        if not kept or trainer.sanity_checking:
+            return
+        embeddings = torch.cat(kept)
+        pl_module.log("embedding/rankme", rankme(embeddings))
+        if len(embeddings) > 1:
+            pl_module.log("embedding/deviation", deviation_per_dimension(embeddings))
+            pl_module.log("embedding/mean_cosine", mean_cosine(embeddings))
+            pl_module.log("embedding/uniformity", uniformity(embeddings))

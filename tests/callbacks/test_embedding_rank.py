@@ -3,8 +3,8 @@ import torch
 from tiny import fit, labelled, pairs, tiny_method
 
 from mlflow_ssl.callbacks import EmbeddingRank
-from mlflow_ssl.callbacks.embedding_rank import rankme
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
+from mlflow_ssl.evaluation.health import deviation_per_dimension, mean_cosine, rankme, uniformity
 
 
 def logged(validation, **options):
@@ -44,6 +44,21 @@ def test_images_that_could_not_be_read_do_not_count():
     first, second = embedded(method, queries)
     good = torch.cat([first[[0, 2, 3]], second])
     assert rank.item() == pytest.approx(rankme(good), rel=1e-5)
+
+
+def test_the_spread_is_that_of_the_same_images():
+    queries = labelled(3)
+    trainer = fit(tiny_method(), pairs(1), [queries], max_epochs=1, callbacks=[EmbeddingRank()])
+    embeddings = torch.cat(embedded(trainer.lightning_module, queries))
+    for measure in (deviation_per_dimension, mean_cosine, uniformity):
+        name = measure.__name__.removesuffix("_per_dimension")
+        assert trainer.callback_metrics[f"embedding/{name}"].item() == pytest.approx(measure(embeddings), rel=1e-4)
+
+
+def test_one_image_has_a_rank_and_no_spread():
+    trainer = fit(tiny_method(), pairs(1), [labelled(1)], max_epochs=1, callbacks=[EmbeddingRank(max_images=1)])
+    assert "embedding/rankme" in trainer.callback_metrics
+    assert "embedding/deviation" not in trainer.callback_metrics
 
 
 def test_without_validation_there_is_none():
