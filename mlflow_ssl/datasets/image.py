@@ -75,7 +75,7 @@ class ImageDataset(Dataset[Any]):
         self.cache = cache
         # Arrow and numpy, not lists: forked workers share them instead of copying them
         self._paths = column(index.table, "path")
-        self._digests = column(index.table, "digest")
+        self._digests = None if cache is None else column(index.table, "digest")
         self._labels = index.labels
 
     def __len__(self) -> int:
@@ -102,9 +102,10 @@ class ImageDataset(Dataset[Any]):
             return known
         data = self.reader[row]
         image = self._decode(data)
-        if self.cache is None or content_digest(data) != self._digests[row].as_py():  # changed since it was indexed
+        if self.cache is None or self._digests is None:
             return image
-        return self.cache.store(row, image)
+        changed = content_digest(data) != self._digests[row].as_py()  # since it was indexed
+        return image if changed else self.cache.store(row, image)
 
     def streamed(self, data: bytes, key: Key) -> Any:
         """Return what ``self[key]`` would, for an image whose bytes are at hand; None for one that is skipped."""
