@@ -145,6 +145,7 @@ def test_accuracy_is_the_share_that_is_equal():
     assert accuracy(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])) == pytest.approx(2 / 3)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 13))
 def test_the_nearest_do_not_depend_on_the_chunks(seed, chunk_size, bank_chunk_size):
     generator = torch.Generator().manual_seed(seed)
