@@ -2,8 +2,7 @@
 
 from mlflow_ssl.callbacks.bad_images import BadImages
 from mlflow_ssl.callbacks.checkpoint_upload import CheckpointUpload
-from mlflow_ssl.callbacks.embedding_rank import EmbeddingRank
-from mlflow_ssl.callbacks.finite_loss import FiniteLoss
+from mlflow_ssl.callbacks.health import Health
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
 from mlflow_ssl.callbacks.pictures import Pictures
@@ -14,8 +13,7 @@ from mlflow_ssl.callbacks.step_metrics import StepMetrics
 __all__ = [
     "BadImages",
     "CheckpointUpload",
-    "EmbeddingRank",
-    "FiniteLoss",
+    "Health",
     "KNNEvaluation",
     "LastCheckpoint",
     "Pictures",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mlflow_ssl.datamodules.classification import ClassificationDataModule, rank_and_world_size
 from mlflow_ssl.datamodules.loading import collate
-from mlflow_ssl.datasets import EpochSampler, ImageDataset, TwoAugmentationDataset
+from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.sampler import Key
 from mlflow_ssl.datasets.sources.shards import ShardSource
@@ -139,16 +139,6 @@ class SSLDataModule(ClassificationDataModule):
         if isinstance(source, ShardSource):
             return self._stream_loader(source)
         return self._train_loader(self.augmentation_dataset)
-
-    def batch_paths(self, epoch: int, number: int) -> list[str]:
-        """Return which images a training batch is of, by its number in the epoch; none where they are streamed."""
-        if isinstance(self.source, ShardSource):
-            return []
-        index = self.index.split("train")
-        rank, world_size = rank_and_world_size()
-        order = EpochSampler(len(index), seed=self.seed, rank=rank, world_size=world_size).order(epoch)
-        rows = order[number * self.batch_size : (number + 1) * self.batch_size]
-        return index.take(rows).paths
 
     def _stream_loader(self, source: ShardSource) -> DataLoader[Any]:
         rank, world_size = rank_and_world_size()

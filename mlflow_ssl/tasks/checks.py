@@ -48,7 +48,7 @@ def _choose_monitor(config: DictConfig, datamodule: SSLDataModule) -> None:
     best = config.callbacks.get("model_checkpoint")
     if best is None or best.get("monitor") != "val_acc" or (len(datamodule.bank) and len(datamodule.queries)):
         return
-    if len(datamodule.queries) and config.callbacks.get("embedding_rank"):
+    if len(datamodule.queries) and config.callbacks.get("health"):
         log.warning(
             "no val_acc in this run, since the images have no two classes: the best checkpoint is the one with the "
             "highest %s, the effective rank of the validation images' embeddings",
