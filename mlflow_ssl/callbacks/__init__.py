@@ -5,6 +5,7 @@ from mlflow_ssl.callbacks.checkpoint_upload import CheckpointUpload
 from mlflow_ssl.callbacks.health import Health
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
+from mlflow_ssl.callbacks.linear_probe import LinearProbe
 from mlflow_ssl.callbacks.pictures import Pictures
 from mlflow_ssl.callbacks.pixel_baseline import PixelBaseline
 from mlflow_ssl.callbacks.progress import Progress
@@ -16,6 +17,7 @@ __all__ = [
     "Health",
     "KNNEvaluation",
     "LastCheckpoint",
+    "LinearProbe",
     "Pictures",
     "PixelBaseline",
     "Progress",
