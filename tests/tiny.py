@@ -3,10 +3,13 @@
 import warnings
 from functools import partial
 
+import albumentations as A
 import torch
 from pytorch_lightning import Trainer
 from torch import nn
 
+from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets import TwoAugmentationDataset
 from mlflow_ssl.heads import MLP, Encoder
 from mlflow_ssl.methods import BYOL
 
@@ -86,3 +89,13 @@ def labelled(num_batches, num_classes=3, batch_size=4, size=6, seed=0):
         images = torch.randn(batch_size, 3, size, size, generator=generator)
         batches.append((images + 0.5 * labels[:, None, None, None], labels))
     return Batches(batches)
+
+
+CROP = A.Compose([A.RandomResizedCrop(size=(8, 8)), A.Normalize()])
+CLEAN = A.Compose([A.Resize(8, 8), A.Normalize()])
+
+
+def tiny_datamodule(folder, transform=CROP, **options):
+    """Return a datamodule of the images of a folder, 8 px large and in batches of 4."""
+    options = {"batch_size": 4, "num_workers": 0, "val_transform": CLEAN, "test_transform": CLEAN} | options
+    return SSLDataModule(str(folder), TwoAugmentationDataset([transform, transform]), **options)

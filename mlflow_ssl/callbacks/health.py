@@ -1,54 +1,26 @@
 """Whether a training learns, collapses or diverges, without labels."""
 
 import logging
-import math
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from mlflow_ssl.callbacks.divergence import LossWatch, check_weights, diverged
 from mlflow_ssl.callbacks.embeddings import is_query_loader
-from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
-from mlflow_ssl.datasets.sampler import EpochSampler
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.health import alignment, deviation_per_dimension, mean_cosine, rankme, uniformity
-from mlflow_ssl.evaluation.verdict import DIVERGENCE_ADVICE, Reading, Verdict, judge
+from mlflow_ssl.evaluation.verdict import Reading, Verdict, judge
 
 log = logging.getLogger(__name__)
 
-CHECK_EVERY = 50
-"""Batches between two looks at whether their losses are finite: each look waits for the device."""
-RECENT = 20
-"""Batches that a reading's loss is the mean of."""
-FIRST = 5
-"""Batches that the loss which a training began with is the mean of."""
-NAMED_IMAGES = 8
-"""Images that an error names; the others are in the log."""
 CHUNK = 64
 """Images that are embedded at once for the alignment."""
-
-
-class DivergedError(InputError):
-    """The loss, or what was made of it, is not finite any more."""
-
-
-class _Seen(NamedTuple):
-    """A training batch and its loss, on the device it was computed on."""
-
-    step: int
-    epoch: int
-    batch_idx: int
-    loss: Tensor
 
 
 class Health(Callback):
@@ -108,40 +80,29 @@ class Health(Callback):
         self.stopped: str | None = None
         self._kept: list[Tensor] = []
         self._measured: dict[str, Any] | None = None
-        self._unsettled: list[_Seen] = []
-        self._first: list[float] = []
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._bad: _Seen | None = None
+        self._losses = LossWatch()
 
     # what a checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings so far, and the losses that the next is made of."""
-        self._settle()
         return {
             "history": [asdict(reading) for reading in self.history],
-            "first": list(self._first),
-            "recent": list(self._recent),
             "stopped": self.stopped,
+            **self._losses.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.history = [Reading(**reading) for reading in state_dict["history"]]
-        self._first = list(state_dict["first"])
-        self._recent = deque(state_dict["recent"], maxlen=RECENT)
+        self._losses.load_state_dict(state_dict)
         self.stopped = state_dict["stopped"]
         self.verdict = self._judged() if self.history else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have no checkpoint written of weights that are not finite."""
-        self._check(trainer)
-        weights = checkpoint.get("state_dict", {}).values()
-        finite = [each.isfinite().all() for each in weights if isinstance(each, Tensor) and each.is_floating_point()]
-        if finite and not bool(torch.stack([each.to(finite[0].device) for each in finite]).all()):
-            raise DivergedError(
-                _message("the weights", "NaN or infinity", f"after step {trainer.global_step}", trainer)
-            )
+        self._losses.check(trainer)
+        check_weights(trainer, checkpoint)
 
     # losses
 
@@ -149,44 +110,11 @@ class Health(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss where it is, and look at a number of them now and then."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
-            return
-        # Lightning gives the share of an optimizer step's loss
-        whole = loss.detach() * trainer.accumulate_grad_batches
-        self._unsettled.append(_Seen(trainer.global_step, trainer.current_epoch, batch_idx, whole))
-        if len(self._unsettled) >= CHECK_EVERY:
-            self._check(trainer)
+        self._losses.add(trainer, outputs, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the losses since the last look."""
-        self._check(trainer)
-
-    def _settle(self) -> None:
-        """Fetch the losses from the device, all at once, and take note of the first that is not finite."""
-        if not self._unsettled:
-            return
-        losses = torch.stack([seen.loss.float() for seen in self._unsettled]).tolist()
-        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad and self._bad is None:
-            self._bad = self._unsettled[bad[0]]
-        self._first += losses[: max(FIRST - len(self._first), 0)]
-        self._recent.extend(losses)
-        self._unsettled = []
-
-    def _check(self, trainer: Trainer) -> None:
-        """Raise if a loss was not finite: in all processes together, so that none waits for another."""
-        self._settle()
-        if not trainer.strategy.reduce_boolean_decision(self._bad is not None, all=False):
-            return
-        if self._bad is None:
-            raise DivergedError(_message("the loss", "NaN or infinity", "in another process", trainer))
-        step, epoch, batch_idx, loss = self._bad
-        paths = batch_paths(trainer, epoch, batch_idx)
-        if len(paths) > NAMED_IMAGES:
-            log.info("images of the batch whose loss is not finite: %s", ", ".join(paths))
-        place = f"at step {step}, epoch {epoch}, batch {batch_idx}{_named(paths)}"
-        raise DivergedError(_message("the loss", str(loss.item()), place, trainer))
+        self._losses.check(trainer)
 
     # embeddings
 
@@ -194,7 +122,7 @@ class Health(Callback):
         """Begin anew."""
         self._kept = []
         self._measured = None
-        self._check(trainer)
+        self._losses.check(trainer)
 
     def on_validation_batch_end(
         self,
@@ -220,7 +148,7 @@ class Health(Callback):
         embeddings = torch.cat(kept)
         if not bool(embeddings.isfinite().all()):
             place = f"at step {trainer.global_step}, of validation images"
-            raise DivergedError(_message("the embeddings", "NaN or infinity", place, trainer))
+            raise diverged("the embeddings", "NaN or infinity", place, trainer)
         measured: dict[str, Any] = {"rankme": rankme(embeddings)} if len(embeddings) else {}
         if len(embeddings) > 1:
             measured |= {
@@ -250,12 +178,8 @@ class Health(Callback):
 
     def _agreement(self) -> float | None:
         """Return the mean cosine that the last losses come from."""
-        if self.loss_ceiling is None or not self._recent:
-            return None
-        return 1 - 2 * self._loss() / self.loss_ceiling
-
-    def _loss(self) -> float:
-        return sum(self._recent) / len(self._recent)
+        loss = self._losses.recent
+        return None if self.loss_ceiling is None or loss is None else 1 - 2 * loss / self.loss_ceiling
 
     def _alignment(self, trainer: Trainer, pl_module: Any) -> float:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -285,7 +209,7 @@ class Health(Callback):
             Reading(
                 step=step,
                 epoch=trainer.current_epoch,
-                loss=self._loss() if self._recent else None,
+                loss=self._losses.recent,
                 monitor=self._monitored(trainer),
                 **{name: value for name, value in measured.items() if name not in ("uniformity", "alignment")},
             )
@@ -301,8 +225,7 @@ class Health(Callback):
                 log.warning("the training is stopped at step %d, since callbacks.health.on_collapse is stop", step)
 
     def _judged(self) -> Verdict:
-        start_loss = sum(self._first) / len(self._first) if self._first else None
-        return judge(self.history, start_loss=start_loss, patience=self.patience)
+        return judge(self.history, start_loss=self._losses.start, patience=self.patience)
 
     def _monitored(self, trainer: Trainer) -> float | None:
         metrics = trainer.callback_metrics
@@ -323,51 +246,6 @@ class Health(Callback):
         run: Any = getattr(trainer.logger, "run", None)
         if hasattr(run, "set_tags"):
             run.set_tags({"health": verdict.state, "health.reason": verdict.reason})
-
-
-def batch_paths(trainer: Trainer, epoch: int, batch_idx: int) -> list[str]:
-    """Return the relative paths of the images that a training batch of this process was asked for, in its order.
-
-    They follow from seed, epoch and batch alone, with workers and without, also after a resume. An image that could not
-    be read is among them, though `datamodule.on_bad_image` had it left out or replaced. Images that are streamed from
-    shards, or do not come from one of our datamodules, are not known: there are none.
-    """
-    loader: Any = trainer.train_dataloader
-    index: Any = getattr(getattr(trainer, "datamodule", None), "index", None)
-    sampler = getattr(loader, "sampler", None)
-    if index is None or not isinstance(sampler, EpochSampler):
-        return []
-    whole = EpochSampler(sampler.num_images, seed=sampler.seed, rank=sampler.rank, world_size=sampler.world_size)
-    whole.set_epoch(epoch)
-    begins = batch_idx * loader.batch_size
-    rows = [row for _, row in islice(whole, begins, begins + loader.batch_size)]
-    table = index.split("train").table
-    return [str(path) for path in table["path"].take(rows).to_pylist()]
-
-
-def last_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the checkpoint of this training that was written last; None if there is none."""
-    files: list[Path] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LastCheckpoint):
-            files.append(callback.path)
-        elif isinstance(callback, ModelCheckpoint):
-            files += [Path(path) for path in (callback.last_model_path, callback.best_model_path) if path]
-    there = [file for file in files if file.is_file()]
-    return max(there, key=lambda file: file.stat().st_mtime_ns) if there else None
-
-
-def _message(name: str, value: str, place: str, trainer: Trainer) -> str:
-    checkpoint = last_checkpoint(trainer)
-    good = "no checkpoint was written before" if checkpoint is None else f"the last good checkpoint is {checkpoint}"
-    return f"{name} must be finite, got {value} {place}; {DIVERGENCE_ADVICE}; {good}"
-
-
-def _named(paths: list[str]) -> str:
-    if not paths:
-        return ""
-    more = f" and {len(paths) - NAMED_IMAGES} more" if len(paths) > NAMED_IMAGES else ""
-    return f" ({', '.join(paths[:NAMED_IMAGES])}{more})"
 
 
 def _as_words(verdict: Verdict) -> str:
