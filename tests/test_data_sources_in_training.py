@@ -41,6 +41,14 @@ def test_nested_folders_without_labels_have_no_classes(store, tmp_path):
     assert run.data.metrics["embedding/rankme"] >= 1
 
 
+def test_a_training_without_labels_stops_when_the_rank_has_ceased_to_rise(store, tmp_path):
+    write_images(tmp_path / "flat", {"": 40})
+    stop = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: embedding/rankme, mode: max, patience: 1"
+    words = ["trainer.max_epochs=6", "trainer.check_val_every_n_epoch=1", "callbacks.pictures=null"]
+    run = trained(store, tmp_path / "flat", *words, f"+callbacks.early_stop={stop}, min_delta: 1000}}")
+    assert len(history(store, run, "embedding/rankme")) == 3  # before the training, the first, and one not better
+
+
 def test_a_list_with_labels_and_splits(store, tmp_path):
     write_images(tmp_path / "pictures", {"x": 20, "y": 20})
     split = ["train"] * 12 + ["val"] * 4 + ["test"] * 4

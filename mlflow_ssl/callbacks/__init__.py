@@ -6,6 +6,7 @@ from mlflow_ssl.callbacks.health import Health
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
 from mlflow_ssl.callbacks.linear_probe import LinearProbe
+from mlflow_ssl.callbacks.monitors import Monitors
 from mlflow_ssl.callbacks.pictures import Pictures
 from mlflow_ssl.callbacks.pixel_baseline import PixelBaseline
 from mlflow_ssl.callbacks.progress import Progress
@@ -18,6 +19,7 @@ __all__ = [
     "KNNEvaluation",
     "LastCheckpoint",
     "LinearProbe",
+    "Monitors",
     "Pictures",
     "PixelBaseline",
     "Progress",

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from mlflow_ssl.callbacks.divergence import LossWatch, check_weights, diverged
 from mlflow_ssl.callbacks.embeddings import is_query_loader
+from mlflow_ssl.callbacks.monitors import check_monitor
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.health import alignment, deviation_per_dimension, mean_cosine, rankme, uniformity
@@ -229,11 +230,8 @@ class Health(Callback):
 
     def _monitored(self, trainer: Trainer) -> float | None:
         metrics = trainer.callback_metrics
-        if self.monitor is not None and self.monitor not in metrics and trainer.state.fn == TrainerFn.FITTING:
-            raise InputError(
-                f"callbacks.health.monitor must be a metric that is logged, got {self.monitor!r}; logged are "
-                f"{', '.join(sorted(metrics))}"
-            )
+        if self.monitor is not None and trainer.state.fn == TrainerFn.FITTING:
+            check_monitor("callbacks.health.monitor", self.monitor, metrics)
         value = metrics.get(self.monitor or "val_acc")
         return None if value is None else float(value)
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.utilities import rank_zero_only
 
+from mlflow_ssl.callbacks import Monitors
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.config import build, write_composed, write_resolved
 from mlflow_ssl.datamodules import SSLDataModule
@@ -160,7 +161,7 @@ def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback],
     trainer: Trainer = build(
         config.trainer,
         logger=MLflowLogger(run),
-        callbacks=list(callbacks.values()),
+        callbacks=[Monitors(callbacks), *callbacks.values()],
         default_root_dir=str(output),
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the config asks for another
