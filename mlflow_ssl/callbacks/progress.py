@@ -10,15 +10,24 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+
+from mlflow_ssl.callbacks.health import Health
 
 log = logging.getLogger(__name__)
 
-SHOWN = {"train/loss": "loss {:.3f}", "val_acc": "val_acc {:.3f}", "train/images_per_second": "{:,.0f} images/s"}
-"""Metrics that are shown, and how."""
+SHOWN = {"train/loss": "loss {:.3f}", "val_acc": "val_acc {:.3f}", "embedding/rankme": "rank {:.1f}"}
+"""Metrics that are shown, and how; the rank only where there is no ``val_acc``."""
+SPEED = "{:,.0f} images/s"
+ALARMING = ("collapsing", "diverging")
+"""States that stand out on a terminal."""
 
 
 class Progress(ProgressBar):
-    """Show epoch, step, loss, ``val_acc``, images per second and time left; and how far a cache of images is filled.
+    """Show epoch, step, loss, ``val_acc``, images per second and time left, and the state that the training is in.
+
+    The state is that of the `mlflow_ssl.callbacks.Health` beside it. Where a cache of images is being filled, that is
+    shown too.
 
     Args:
         every_seconds: time between two lines where there is no terminal.
@@ -42,10 +51,11 @@ class Progress(ProgressBar):
             return
         self._shown = self._began
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True))
+            whole = Column(no_wrap=True)  # on a narrow terminal the bar gets shorter, before any word does
+            counts = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)
+            self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *counts, console=Console(stderr=True))
             self._bar.start()
-            self._bar.add_task(_status(trainer), total=int(trainer.estimated_stepping_batches))
+            self._bar.add_task(status(trainer, styled=True), total=int(trainer.estimated_stepping_batches))
             if _filling(trainer):
                 self._bar.add_task("images in the cache")
 
@@ -64,7 +74,7 @@ class Progress(ProgressBar):
 
     def _draw(self, bar: Bar, trainer: Trainer) -> None:
         steps, *cache = bar.task_ids
-        bar.update(steps, completed=trainer.global_step, description=_status(trainer))
+        bar.update(steps, completed=trainer.global_step, description=status(trainer, styled=True))
         for task in cache:
             filling = _filling(trainer)
             if filling:
@@ -77,7 +87,7 @@ class Progress(ProgressBar):
         left = seconds * (total - done) / max(done - self._first_step, 1)
         filling = _filling(trainer)
         cache = f"  cache {filling[0]:,}/{filling[1]:,}" if filling else ""
-        log.info("%s  step %d/%d%s  %s left", _status(trainer), done, total, cache, clock(left))
+        log.info("%s  step %d/%d%s  %s left", status(trainer), done, total, cache, clock(left))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the full bar standing."""
@@ -95,11 +105,23 @@ class Progress(ProgressBar):
             self._bar = None
 
 
-def _status(trainer: Trainer) -> str:
+def status(trainer: Trainer, *, styled: bool = False) -> str:
+    """Return epoch, metrics and state of a training in one line; with rich's markup where it is ``styled``."""
     metrics = trainer.callback_metrics
-    shown = [text.format(float(metrics[name])) for name, text in SHOWN.items() if name in metrics]
+    names = [name for name in SHOWN if name in metrics and (name != "embedding/rankme" or "val_acc" not in metrics)]
+    shown = [SHOWN[name].format(float(metrics[name])) for name in names]
+    if "train/images_per_second" in metrics:
+        shown.append(SPEED.format(float(metrics["train/images_per_second"])))
     epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
-    return "  ".join([f"epoch {epoch}/{trainer.max_epochs}", *shown])
+    return "  ".join([f"epoch {epoch}/{trainer.max_epochs}", *shown, *_state(trainer, styled=styled)])
+
+
+def _state(trainer: Trainer, *, styled: bool) -> list[str]:
+    """Return what the health callback says of the training; nothing without one, or before its first validation."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    judging = (each for each in callbacks if isinstance(each, Health))
+    states = [each.verdict.state for each in judging if each.verdict is not None and each.history[-1].step > 0]
+    return [f"[bold red]{state}[/]" if styled and state in ALARMING else state for state in states]
 
 
 def _filling(trainer: Trainer) -> tuple[int, int] | None:

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import joblib
 
@@ -78,8 +80,19 @@ def _file_handler(file: Path) -> logging.Handler:
     return handler
 
 
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 knows no such argument
+    """Write to what is standard error at the time: a progress bar takes its place, and puts lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def _console_handler() -> logging.Handler:
-    handler = logging.StreamHandler()
+    handler = _Console()
     handler.setFormatter(RedactingFormatter("%(message)s"))
     return handler
 

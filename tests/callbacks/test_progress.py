@@ -6,12 +6,15 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
+from pytorch_lightning import Callback
 from tiny import fit, labelled, pairs, quiet_trainer, tiny_method
 
-from mlflow_ssl.callbacks import KNNEvaluation, Progress
-from mlflow_ssl.callbacks.progress import clock
+from mlflow_ssl.callbacks import Health, KNNEvaluation, Progress
+from mlflow_ssl.callbacks.progress import clock, status
 from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.datasets import TwoAugmentationDataset
+from mlflow_ssl.evaluation.verdict import Verdict
+from mlflow_ssl.tasks.output import open_output
 from mlflow_ssl.views import RandomResizedCrop
 
 
@@ -24,9 +27,8 @@ class Terminal(io.StringIO):
 def train(caplog, monkeypatch):
     """Return a function that trains two epochs of two steps and returns the lines logged and what stderr got."""
 
-    def train(progress, stderr, ckpt_path=None):
+    def train(progress, stderr, ckpt_path=None, others=None):
         monkeypatch.setattr(sys, "stderr", stderr)
-        callbacks = [KNNEvaluation(num_neighbours=1), progress]
         with caplog.at_level(logging.INFO, logger="mlflow_ssl.callbacks.progress"):
             fit(
                 tiny_method(),
@@ -35,7 +37,7 @@ def train(caplog, monkeypatch):
                 ckpt_path=ckpt_path,
                 max_epochs=2,
                 enable_progress_bar=True,
-                callbacks=callbacks,
+                callbacks=[*(others or [KNNEvaluation(num_neighbours=1)]), progress],
             )
         lines = [r.getMessage() for r in caplog.records if r.name == "mlflow_ssl.callbacks.progress"]
         return lines, stderr.getvalue()
@@ -48,6 +50,75 @@ def test_without_a_terminal_each_line_says_epoch_loss_step_and_time_left(train):
     assert re.fullmatch(r"epoch 1/2  loss \d\.\d{3}  step 1/4  0:00:\d\d left", first)
     assert re.fullmatch(r"epoch 2/2  loss \d\.\d{3}  val_acc [01]\.\d{3}  step 4/4  0:00:00 left", last)
     assert drawn == ""
+
+
+class Judge(Health):
+    """Say one thing at each validation."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def _judged(self):
+        return Verdict(self.state, "a reason")
+
+
+def test_the_state_is_shown_from_the_first_validation_of_a_training_on(train):
+    callbacks = [KNNEvaluation(num_neighbours=1), Judge("plateau")]
+    lines, _ = train(Progress(every_seconds=0), io.StringIO(), others=callbacks)
+    assert ["plateau" in line for line in lines] == [False, False, True, True]
+    assert re.search(r"  val_acc [01]\.\d{3}  plateau  step 4/4", lines[-1])
+
+
+def test_the_untrained_network_has_no_state_to_show():
+    judge = Judge("plateau")
+    trainer = quiet_trainer(max_epochs=1, callbacks=[judge])
+    trainer.validate(tiny_method(), [labelled(1)], verbose=False)
+    assert judge.verdict is not None
+    assert status(trainer) == "epoch 1/1  rank 3.1"
+
+
+def test_without_labels_the_rank_is_shown(train):
+    lines, _ = train(Progress(every_seconds=0), io.StringIO(), others=[Health()])
+    assert re.search(r"  rank \d\.\d  improving  step 4/4", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("state", "escape"), [("collapsing", "\x1b[1;31m"), ("diverging", "\x1b[1;31m"), ("plateau", "")]
+)
+def test_an_alarm_stands_out_on_a_terminal(state, escape, train, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "200")
+    _, drawn = train(Progress(), Terminal(), others=[Judge(state)])
+    assert f"  {escape}{state}" in drawn
+
+
+def drawn_lines(text):
+    """Return what stands on each line of a terminal, with colours and movements left out."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").splitlines()
+
+
+def test_on_a_narrow_terminal_the_bar_gets_short_and_not_the_counts(train, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    _, drawn = train(Progress(), Terminal(), others=[KNNEvaluation(num_neighbours=1), Judge("collapsing")])
+    assert re.search(r"val_acc [01]\.\d{3}  collapsing .*4/4 \d:\d\d:\d\d$", drawn_lines(drawn)[-1])
+
+
+class Remark(Callback):
+    """Log a line in the middle of a training."""
+
+    def on_train_batch_end(self, *_):
+        logging.getLogger("mlflow_ssl.remark").info("a remark")
+
+
+def test_what_is_logged_stands_above_the_bar(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with open_output(tmp_path / "output", log_level="info"):
+        _, drawn = train(Progress(), Terminal(), others=[Remark()])
+    remarks = [line for line in drawn_lines(drawn) if "a remark" in line]
+    assert remarks == ["a remark"] * 4
 
 
 def set_slow_clock(monkeypatch):
