@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from mlflow_ssl.callbacks.divergence import LossWatch, check_weights, diverged
@@ -82,6 +82,7 @@ class Health(Callback):
         self._kept: list[Tensor] = []
         self._measured: dict[str, Any] | None = None
         self._losses = LossWatch()
+        self._separate_batchnorm = False
 
     # what a checkpoint holds
 
@@ -215,6 +216,7 @@ class Health(Callback):
                 **{name: value for name, value in measured.items() if name not in ("uniformity", "alignment")},
             )
         )
+        self._separate_batchnorm = trainer.world_size > 1 and has_plain_batchnorm(pl_module)
         before, self.verdict = self.verdict, self._judged()
         if before is None or before.state != self.verdict.state:
             self._say(trainer, self.verdict)
@@ -226,7 +228,12 @@ class Health(Callback):
                 log.warning("the training is stopped at step %d, since callbacks.health.on_collapse is stop", step)
 
     def _judged(self) -> Verdict:
-        return judge(self.history, start_loss=self._losses.start, patience=self.patience)
+        return judge(
+            self.history,
+            start_loss=self._losses.start,
+            patience=self.patience,
+            separate_batchnorm=self._separate_batchnorm,
+        )
 
     def _monitored(self, trainer: Trainer) -> float | None:
         metrics = trainer.callback_metrics
@@ -244,6 +251,12 @@ class Health(Callback):
         run: Any = getattr(trainer.logger, "run", None)
         if hasattr(run, "set_tags"):
             run.set_tags({"health": verdict.state, "health.reason": verdict.reason})
+
+
+def has_plain_batchnorm(module: nn.Module) -> bool:
+    """Return whether some BatchNorm normalizes by the images of its own process alone."""
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return any(isinstance(each, plain) for each in module.modules())
 
 
 def _as_words(verdict: Verdict) -> str:

@@ -8,7 +8,7 @@ embeddings of a collapsed network apart; it is the projections that fall togethe
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 State = Literal["improving", "plateau", "collapsing", "diverging"]
@@ -33,8 +33,9 @@ FEWEST_IMAGES = 8
 
 COLLAPSE_ADVICE = (
     "check that model.predictor is an MLP and the target receives no gradient; raise model.base_tau, lower "
-    "optimizer.lr, raise datamodule.batch_size, or set trainer.sync_batchnorm=true on several devices"
+    "optimizer.lr, or raise datamodule.batch_size"
 )
+SYNC_ADVICE = "set trainer.sync_batchnorm=true, as each process normalizes by its own batch; "
 DIMENSIONS_ADVICE = (
     "lower optimizer.lr, raise model.base_tau or datamodule.batch_size, or strengthen transforms.augmentation1 and 2"
 )
@@ -86,7 +87,13 @@ class Verdict:
         return f"{self.state}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
-def judge(history: Sequence[Reading], *, start_loss: float | None = None, patience: int = 5) -> Verdict:
+def judge(
+    history: Sequence[Reading],
+    *,
+    start_loss: float | None = None,
+    patience: int = 5,
+    separate_batchnorm: bool = False,
+) -> Verdict:
     """Return how a training fares at its last validation.
 
     It diverges where the loss is not finite or twice what it was in the first steps. It collapses where all
@@ -98,6 +105,7 @@ def judge(history: Sequence[Reading], *, start_loss: float | None = None, patien
         history: readings by step, that of the untrained network first where there is one.
         start_loss: mean loss of the first training steps; None where it is not known.
         patience: validations without improvement, 1 or more.
+        separate_batchnorm: whether several processes normalize each by a batch of its own; the advice then says so.
 
     Raises:
         ValueError: if there is no reading, or ``patience`` is below 1.
@@ -116,13 +124,16 @@ def judge(history: Sequence[Reading], *, start_loss: float | None = None, patien
     if patience < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
     trained = [reading for reading in history if reading.step > 0]
-    return (
+    verdict = (
         _diverging(history[-1], start_loss)
         or _complete_collapse(history)
         or _dimensional_collapse(history)
         or _plateau(trained, patience)
         or _improving(trained)
     )
+    if verdict.state == "collapsing" and separate_batchnorm:
+        return replace(verdict, advice=SYNC_ADVICE + verdict.advice)
+    return verdict
 
 
 def _diverging(last: Reading, start_loss: float | None) -> Verdict | None:

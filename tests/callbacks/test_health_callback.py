@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from tiny import Batches, fit, labelled, pairs, quiet_trainer, tiny_datamodule, tiny_method
 from torch import nn
 
 from mlflow_ssl.callbacks import Health, KNNEvaluation, LastCheckpoint
+from mlflow_ssl.callbacks.health import has_plain_batchnorm
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
 from mlflow_ssl.errors import InputError
@@ -171,6 +172,21 @@ def test_a_collapse_is_said_once_and_tagged(monkeypatch, caplog):
     assert recorder.tags[-1]["health.reason"] in health.verdict.reason or health.verdict.state == "collapsing"
     assert caplog.text.count("the training is collapsing: all ") == 1
     assert "model.base_tau" in caplog.text
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_synchronized_batchnorm_is_advised_where_several_processes_have_none(num_processes, monkeypatch, caplog):
+    monkeypatch.setattr(Trainer, "world_size", num_processes)
+    train(collapsing_method(), Health(), monkeypatch)
+    assert ("trainer.sync_batchnorm" in caplog.text) == (num_processes > 1)
+    assert "the training is collapsing" in caplog.text
+
+
+def test_batchnorm_that_is_synchronized_is_told_from_plain():
+    method = tiny_method()
+    assert has_plain_batchnorm(method)
+    assert not has_plain_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(method))
+    assert not has_plain_batchnorm(nn.Linear(2, 2))
 
 
 def test_a_healthy_training_is_not_flagged(monkeypatch, caplog):

@@ -101,6 +101,13 @@ def test_a_collapse_is_caught_at_the_first_validation_of_the_demonstration(name)
     assert "\n" not in str(verdict)
 
 
+def test_synchronized_batchnorm_is_advised_only_where_there_is_some_to_synchronize():
+    collapsed = COLLAPSED["gradient through both"]
+    assert "sync_batchnorm" not in judge(collapsed).advice
+    assert judge(collapsed, separate_batchnorm=True).advice.startswith("set trainer.sync_batchnorm=true")
+    assert judge([UNTRAINED], separate_batchnorm=True).advice == ""
+
+
 def test_without_the_untrained_reading_a_collapse_is_caught_too():
     assert judge(COLLAPSED["gradient through both"][-1:]).state == "collapsing"
 
