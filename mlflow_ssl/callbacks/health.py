@@ -138,7 +138,7 @@ class Health(Callback):
         """Keep some of the embeddings of a batch of validation images."""
         if is_query_loader(trainer, dataloader_idx):
             batches: Any = trainer.num_val_batches
-            share = -(-self.max_images // max(int(batches[dataloader_idx]), 1))
+            share = even_share(self.max_images, int(batches[dataloader_idx]), batch_idx)
             good = outputs[batch[1] != BAD_LABEL]
             self._kept.append(good[:share].float())
 
@@ -251,6 +251,16 @@ class Health(Callback):
         run: Any = getattr(trainer.logger, "run", None)
         if hasattr(run, "set_tags"):
             run.set_tags({"health": verdict.state, "health.reason": verdict.reason})
+
+
+def even_share(total: int, num_batches: int, batch_idx: int) -> int:
+    """Return how many images a batch gives, so that all give about as many, and ``total`` together.
+
+    Example:
+        >>> [even_share(7, 3, batch_idx) for batch_idx in range(3)]
+        [2, 2, 3]
+    """
+    return total * (batch_idx + 1) // num_batches - total * batch_idx // num_batches
 
 
 def has_plain_batchnorm(module: nn.Module) -> bool:

@@ -96,7 +96,8 @@ def judge(
 ) -> Verdict:
     """Return how a training fares at its last validation.
 
-    It diverges where the loss is not finite or twice what it was in the first steps. It collapses where all
+    It diverges where the loss is not finite or twice what it was in the first steps, or where the last ``patience``
+    validations have left the monitor below the untrained network's by more than noise. It collapses where all
     projections, or all embeddings, are one while views agree; or where the rank has fallen to a tenth of the highest so
     far, twice in a row, and the monitor is not at its best. It is on a plateau where the last ``patience`` validations
     have not raised the monitor by more than its noise. The untrained network is never judged by its embeddings.
@@ -128,6 +129,7 @@ def judge(
         _diverging(history[-1], start_loss)
         or _complete_collapse(history)
         or _dimensional_collapse(history)
+        or _worse_than_untrained(history, patience)
         or _plateau(trained, patience)
         or _improving(trained)
     )
@@ -190,6 +192,21 @@ def _dimensional_collapse(history: Sequence[Reading]) -> Verdict | None:
         return None
     reason = f"the embeddings' rank fell from {highest:.1f} to {last.rankme:.1f} of {last.dimensions} dimensions"
     return Verdict("collapsing", reason, DIMENSIONS_ADVICE)
+
+
+def _worse_than_untrained(history: Sequence[Reading], patience: int) -> Verdict | None:
+    """Look at what a bounded loss cannot say: it hardly doubles, and falls while too high a rate ruins the network."""
+    untrained, since = history[0], history[1:][-patience:]
+    if untrained.step > 0 or untrained.monitor is None or len(since) < patience:
+        return None
+    best = max(map(_monitor, since))
+    if not -math.inf < best < untrained.monitor - 2 * _noise(untrained):
+        return None
+    reason = (
+        f"the best of the last {patience} validations, {best:.4f}, is below the untrained network's "
+        f"{untrained.monitor:.4f}"
+    )
+    return Verdict("diverging", reason, DIVERGENCE_ADVICE)
 
 
 def _plateau(trained: Sequence[Reading], patience: int) -> Verdict | None:

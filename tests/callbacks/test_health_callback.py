@@ -99,6 +99,12 @@ def test_of_many_images_some_of_each_batch_are_taken():
     assert health.history[-1].num_images == 6
 
 
+@pytest.mark.parametrize("max_images", [2, 7, 11, 12])
+def test_there_are_never_more_than_so_many(max_images):
+    assert logged([labelled(3)], max_images=max_images)[2].history[-1].num_images == max_images
+    assert logged([labelled(5, batch_size=2)], max_images=2)[2].history[-1].num_images == 2
+
+
 def test_images_that_could_not_be_read_do_not_count():
     queries = labelled(2)
     queries.batches[0][1][1] = BAD_LABEL

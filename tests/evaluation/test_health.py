@@ -26,6 +26,15 @@ def test_rankme_is_the_formula_written_out():
     assert rankme(embeddings) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (300, 128)])
+def test_rankme_is_that_of_the_eigenvalues_of_the_second_moments(shape):
+    embeddings = normal(*shape, seed=3) + 0.5
+    rows = embeddings.double().numpy()
+    values = np.sqrt(np.clip(np.linalg.eigvalsh(rows.T @ rows), 0, None))[::-1][: min(shape)]
+    shares = values / values.sum() + 1e-7
+    assert rankme(embeddings) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_rankme_counts_equal_directions(rank):
     embeddings = torch.zeros(rank, 8)
@@ -139,6 +148,15 @@ def test_alignment_is_the_formula_written_out():
     assert alignment(one, other) == pytest.approx(np.mean([np.square(u - v).sum() for u, v in rows]), rel=1e-5)
     assert alignment(one, 7 * one) == pytest.approx(0.0, abs=1e-6)
     assert alignment(one, -one) == pytest.approx(4.0)
+
+
+def test_agreement_is_the_formula_written_out():
+    one, other = normal(12, 5, seed=1), normal(12, 5, seed=2)
+    cosines = [
+        sum(a * b for a, b in zip(u, v, strict=True)) / (sum(a * a for a in u) * sum(b * b for b in v)) ** 0.5
+        for u, v in zip(one.tolist(), other.tolist(), strict=True)
+    ]
+    assert agreement(one, other) == pytest.approx(sum(cosines) / 12, rel=1e-5)
 
 
 def test_agreement_is_what_byols_loss_says():

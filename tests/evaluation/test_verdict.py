@@ -177,6 +177,32 @@ def test_a_loss_that_doubles_diverges():
     assert judge([UNTRAINED, spread(20, 0.5, loss=3.9)], start_loss=2.0).state == "improving"
 
 
+# measured likewise, with optimizer.lr=1
+TOO_HIGH = readings(
+    (20, 1.5, 0.007, 2.598, 0.002, 0.415),
+    (40, 1.8, 0.016, 0.953, 0.009, 0.685),
+    (60, 5.3, 0.093, 0.423, 0.092, 0.652),
+    (80, 8.9, 0.194, 0.317, 0.399, 0.518),
+    (100, 10.0, 0.251, 0.270, 0.473, 0.538),
+    (120, 8.4, 0.237, 0.242, 0.517, 0.515),
+)
+
+
+def test_a_network_that_stays_worse_than_untrained_diverges():
+    assert states(TOO_HIGH, start_loss=2.79) == ["improving"] * 5 + ["diverging"] * 2
+    verdict = judge(TOO_HIGH)
+    assert verdict.reason == "the best of the last 5 validations, 0.6850, is below the untrained network's 0.8600"
+    assert "optimizer.lr" in verdict.advice
+
+
+def test_worse_than_untrained_is_a_matter_of_noise():
+    # a share of 0.8 of 400 images has an error of 0.02
+    assert judge(monitored(0.8, 0.75, 0.7), patience=2).state == "diverging"
+    assert judge(monitored(0.8, 0.765, 0.7), patience=2).state == "improving"
+    assert judge(monitored(0.8, 0.75), patience=2).state == "improving"
+    assert judge(monitored(0.8, 0.75, 0.7)[1:], patience=2).state == "improving"  # nothing is known of the untrained
+
+
 def monitored(*values, num_images=400):
     return [
         replace(UNTRAINED, step=20 * n, deviation=0.5, monitor=value, num_images=num_images)
