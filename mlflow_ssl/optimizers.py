@@ -35,6 +35,8 @@ class LARS(Optimizer):
     their sum, and stops adapting where the decay is 0: a different optimizer. All tensors of a group move in a few
     fused kernels.
 
+    With ``clip`` the ratio is :math:`\min(r / \gamma, 1)`: the rate bounds the step, and the ratio can only shorten it.
+
     Args:
         params: parameters or groups; a group may set ``adapt: False``.
         lr: learning rate :math:`\gamma`.
@@ -42,9 +44,11 @@ class LARS(Optimizer):
         weight_decay: :math:`\lambda`.
         trust_coefficient: :math:`\eta`.
         nesterov: step along :math:`r d + \mu v` instead of :math:`v`.
+        clip: take the learning rate for the most that a ratio may come to, as LARC and solo-learn do.
 
     References:
-        You et al. 2017, arXiv:1708.03888; Grill et al. 2020, arXiv:2006.07733, sec. 3.3 and its reference code.
+        You et al. 2017, arXiv:1708.03888; Grill et al. 2020, arXiv:2006.07733, sec. 3.3 and its reference code;
+        ``clip``: da Costa et al. 2022, solo-learn, JMLR 23(56), its ``clip_lr``.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
         nesterov: bool = False,
+        clip: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -65,6 +70,7 @@ class LARS(Optimizer):
                 "weight_decay": weight_decay,
                 "trust_coefficient": trust_coefficient,
                 "nesterov": nesterov,
+                "clip": clip,
                 "adapt": True,
             },
         )
@@ -88,7 +94,8 @@ def _step_group(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
     grads = [p.grad for p in params]
     updates = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
     if group["adapt"]:
-        torch._foreach_mul_(updates, _trust_ratios(params, updates, group["trust_coefficient"]))
+        most = group["lr"] if group.get("clip") else None  # checkpoints from before the option have none
+        torch._foreach_mul_(updates, _trust_ratios(params, updates, group["trust_coefficient"], most=most))
     for p in params:
         if "velocity" not in state[p]:
             state[p]["velocity"] = torch.zeros_like(p)
@@ -100,10 +107,17 @@ def _step_group(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
     torch._foreach_add_(params, updates if group["nesterov"] else velocities, alpha=-group["lr"])
 
 
-def _trust_ratios(params: list[Tensor], updates: list[Tensor], coefficient: float) -> list[Tensor]:
-    """Return one ratio per tensor, on the device: no value is read back to the host."""
+def _trust_ratios(
+    params: list[Tensor], updates: list[Tensor], coefficient: float, *, most: float | None
+) -> list[Tensor]:
+    """Return one ratio per tensor, on the device: no value is read back to the host.
+
+    Where there is a learning rate ``most``, a ratio is a share of it, at most 1.
+    """
     weight_norms = torch.stack(list(torch._foreach_norm(params)))  # (T,)
     update_norms = torch.stack(list(torch._foreach_norm(updates)))  # (T,)
     ratios = coefficient * weight_norms / update_norms
+    if most is not None:
+        ratios = (ratios / most).clamp(max=1)  # 1 at a rate of 0, where a warm-up begins
     usable = (weight_norms > 0) & (update_norms > 0)
     return list(torch.where(usable, ratios, torch.ones_like(ratios)).unbind())

@@ -77,6 +77,13 @@ def test_lars_takes_the_decay_into_the_trust_ratio():
     assert moved == [pytest.approx([3 - 9 / 30, 4 - 12 / 30])]
 
 
+@pytest.mark.parametrize(("lr", "step"), [(0.01, 0.01), (0.2, 0.05), (0.0, 0.0)])
+def test_clipped_lars_steps_by_the_learning_rate_or_less(lr, step):
+    # ratio 0.1 * 5 / 10 = 0.05: shortens the step of 0.2, and leaves that of 0.01
+    moved = one_step([[3.0, 4.0]], [[6.0, 8.0]], lr=lr, trust_coefficient=0.1, clip=True)
+    assert moved == [pytest.approx([3 - 6 * step, 4 - 8 * step])]
+
+
 def test_lars_has_ratio_1_for_a_tensor_of_zeros():
     assert one_step([[0.0, 0.0]], [[6.0, 8.0]], lr=0.5) == [pytest.approx([-3.0, -4.0])]
 
