@@ -1,11 +1,17 @@
 """LARS, and which parameters an optimizer decays."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+BLOCK = 256
+"""Values of a row of the buffer that updates are scaled in; the last row of a tensor is filled up."""
+IN_CACHE = 2**20
+"""Values that a CPU moves at once: what it works on is then in its cache from the first pass to the last."""
 
 
 def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
@@ -33,7 +39,7 @@ class LARS(Optimizer):
     Weight decay comes before the trust ratio :math:`r`, which is 1 where either norm is 0 and in groups with
     ``adapt`` false. timm's ``Lars`` divides by the sum of the norms of gradient and decay instead of the norm of
     their sum, and stops adapting where the decay is 0: a different optimizer. All tensors of a group move in a few
-    fused kernels.
+    fused kernels, whose number does not depend on that of the tensors.
 
     With ``clip`` the ratio is :math:`\min(r / \gamma, 1)`: the rate bounds the step, and the ratio can only shorten it.
 
@@ -83,41 +89,80 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _step_group(group, self.state)
+            for params in _parcels([p for p in group["params"] if p.grad is not None]):
+                _move(params, group, self.state)
         return loss
 
 
-def _step_group(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
-    params = [p for p in group["params"] if p.grad is not None]
-    if not params:
-        return
-    grads = [p.grad for p in params]
-    updates = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+def _parcels(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors that are moved at once: of one device and type, and on a CPU as many as its cache holds."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        parcel = alike.setdefault((p.device, p.dtype), [])
+        if parcel and p.device.type == "cpu" and sum(each.numel() for each in parcel) + p.numel() > IN_CACHE:
+            yield parcel[:]
+            parcel.clear()
+        parcel.append(p)
+    yield from alike.values()
+
+
+def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    rows, updates = _buffer(params)
+    torch._foreach_copy_(updates, [p.grad for p in params if p.grad is not None])
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, params, alpha=group["weight_decay"])
     if group["adapt"]:
         most = group["lr"] if group.get("clip") else None  # checkpoints from before the option have none
-        torch._foreach_mul_(updates, _trust_ratios(params, updates, group["trust_coefficient"], most=most))
+        ratios = _trust_ratios(params, updates, group["trust_coefficient"], most=most)
+        # a row has one factor: `_foreach_mul_` by a list of numbers would be a kernel a tensor
+        rows.mul_(ratios.index_select(0, _owners(tuple(map(_num_rows, params)), rows.device))[:, None])
     for p in params:
         if "velocity" not in state[p]:
             state[p]["velocity"] = torch.zeros_like(p)
-    velocities = [state[p]["velocity"] for p in params]
-    torch._foreach_mul_(velocities, group["momentum"])
-    torch._foreach_add_(velocities, updates)
-    if group["nesterov"]:
-        torch._foreach_add_(updates, velocities, alpha=group["momentum"])
-    torch._foreach_add_(params, updates if group["nesterov"] else velocities, alpha=-group["lr"])
+    torch._fused_sgd_(
+        *(list(map(_flat, tensors)) for tensors in (params, updates, [state[p]["velocity"] for p in params])),
+        weight_decay=0.0,  # is in the updates
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=group["nesterov"],
+        maximize=False,
+        is_first_step=False,
+    )
 
 
-def _trust_ratios(
-    params: list[Tensor], updates: list[Tensor], coefficient: float, *, most: float | None
-) -> list[Tensor]:
-    """Return one ratio per tensor, on the device: no value is read back to the host.
+def _buffer(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return an empty buffer ``(R, BLOCK)``, and a view on it for each tensor, laid out in memory as the tensor is."""
+    rows = params[0].new_empty(sum(map(_num_rows, params)), BLOCK)
+    views, start = [], 0
+    for p in params:
+        views.append(rows.as_strided(p.shape, p.stride(), start))
+        start += _num_rows(p) * BLOCK
+    return rows, views
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the values as they lie in memory: the fused kernel of a CPU copies what is not contiguous first."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _num_rows(p: Tensor) -> int:
+    return -(-p.numel() // BLOCK)
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(num_rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the number of the tensor that each row of a buffer belongs to, ``(R,)``; sent to the device once."""
+    return torch.repeat_interleave(torch.tensor(num_rows)).to(device)
+
+
+def _trust_ratios(params: list[Tensor], updates: list[Tensor], coefficient: float, *, most: float | None) -> Tensor:
+    """Return one ratio per tensor, ``(T,)``, on the device: no value is read back to the host.
 
     Where there is a learning rate ``most``, a ratio is a share of it, at most 1.
     """
-    weight_norms = torch.stack(list(torch._foreach_norm(params)))  # (T,)
-    update_norms = torch.stack(list(torch._foreach_norm(updates)))  # (T,)
+    weight_norms, update_norms = torch.stack(torch._foreach_norm([*params, *updates])).view(2, -1)
     ratios = coefficient * weight_norms / update_norms
     if most is not None:
         ratios = (ratios / most).clamp(max=1)  # 1 at a rate of 0, where a warm-up begins
-    usable = (weight_norms > 0) & (update_norms > 0)
-    return list(torch.where(usable, ratios, torch.ones_like(ratios)).unbind())
+    return torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)

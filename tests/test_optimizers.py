@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from launches import Launches
 from torch import nn
 
+from mlflow_ssl import optimizers
 from mlflow_ssl.optimizers import LARS, parameter_groups
 
 SHAPES = [(4, 3), (2, 3, 3, 3), (5, 1)]
@@ -52,6 +54,72 @@ def test_lars_is_a_plain_loop_over_tensors(nesterov, weight_decay):
         ]
     for p, (weights, _) in zip(params, by_hand, strict=True):
         assert p.flatten().tolist() == pytest.approx(weights, rel=1e-10)
+
+
+def stepped(params, grads, **kwargs):
+    params = [nn.Parameter(p.clone()) for p in params]
+    optimizer = LARS(params, lr=0.5, weight_decay=0.05, trust_coefficient=0.01, **kwargs)
+    for grad_of in grads:
+        for p, grad in zip(params, grad_of, strict=True):
+            p.grad = grad
+        optimizer.step()
+    return params
+
+
+def channels_last(tensors):
+    return [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+
+
+@pytest.mark.parametrize("lay_out", [lambda tensors: tensors, channels_last])
+def test_the_layout_of_weights_and_gradients_changes_no_step(lay_out):
+    weights = random_tensors(SHAPES, seed=0)
+    grads = [random_tensors(SHAPES, seed) for seed in (1, 2)]
+    expected = stepped(weights, grads)
+    for got, want in zip(stepped(channels_last(weights), map(lay_out, grads)), expected, strict=True):
+        assert got.stride() == channels_last([want])[0].stride()
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("most", [1, 12, 60])
+def test_moving_tensors_in_parcels_changes_no_step(most, monkeypatch):
+    shapes = [*SHAPES, (300, 7)]  # the last takes several rows of the buffer
+    weights, grads = random_tensors(shapes, seed=0), [random_tensors(shapes, seed) for seed in (1, 2)]
+    expected = stepped(weights, grads)
+    monkeypatch.setattr(optimizers, "IN_CACHE", most)
+    for got, want in zip(stepped(weights, grads), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_tensors_of_several_types_move_each_in_its_own():
+    weights, grads = random_tensors(SHAPES, seed=0), [random_tensors(SHAPES, seed=1)]
+    expected = stepped(weights, grads)
+    mixed, mixed_grads = ([t.float() if i else t for i, t in enumerate(tensors)] for tensors in (weights, grads[0]))
+    for got, want in zip(stepped(mixed, [mixed_grads]), expected, strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype))
+
+
+def test_a_step_leaves_the_gradients_alone():
+    grads = random_tensors(SHAPES, seed=1)
+    before = [grad.clone() for grad in grads]
+    stepped(random_tensors(SHAPES, seed=0), [grads])
+    assert all(grad.equal(old) for grad, old in zip(grads, before, strict=True))
+
+
+def launches_of_a_step(num_layers):
+    network = nn.Sequential(*(part for _ in range(num_layers) for part in (nn.Linear(4, 4), nn.BatchNorm1d(4))))
+    optimizer = LARS(parameter_groups(network), lr=0.1, weight_decay=1e-6)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # makes the velocities
+    with Launches() as launches:
+        optimizer.step()
+    return launches
+
+
+def test_a_step_is_less_than_20_kernels_however_many_tensors_there_are():
+    few, many = launches_of_a_step(2), launches_of_a_step(50)
+    assert 0 < few.count < 20
+    assert many.names == few.names
 
 
 def one_step(weight, grad, **kwargs):

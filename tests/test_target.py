@@ -1,5 +1,6 @@
 import pytest
 import torch
+from launches import Launches
 from torch import nn
 
 from mlflow_ssl.target import copy_as_target, update_target
@@ -25,6 +26,14 @@ def test_update_target_moves_every_parameter_by_the_formula(tau):
     update_target(target, online, tau=tau)
     for p, values in zip(target.parameters(), expected, strict=True):
         assert p.flatten().tolist() == pytest.approx(values, rel=1e-12, abs=1e-15)
+
+
+def test_update_target_is_one_kernel_however_many_tensors_there_are():
+    online = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50)))
+    target = copy_as_target(online)
+    with Launches() as launches:
+        update_target(target, online, tau=0.5)
+    assert launches.names == ["_foreach_lerp_"]
 
 
 def test_update_target_leaves_buffers_alone():
