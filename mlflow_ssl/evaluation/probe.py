@@ -59,7 +59,8 @@ def fit_linear(
 
     .. math:: C \sum_i -\log p(y_i \mid x_i) + \tfrac{1}{2} \lVert W \rVert^2
 
-    by L-BFGS with a strong-Wolfe line search, in double precision.
+    by L-BFGS with a strong-Wolfe line search, in double precision. Of more dimensions than embeddings, only the
+    space that the embeddings span is searched: the best weights lie in it, and L-BFGS takes the same way there.
 
     Args:
         embeddings: shape ``(N, D)``.
@@ -73,19 +74,62 @@ def fit_linear(
         ValueError: if there is no embedding, or ``strength`` is not above 0.
 
     References:
-        Liu and Nocedal 1989, doi:10.1007/BF01589116.
+        Liu and Nocedal 1989, doi:10.1007/BF01589116; Kimeldorf and Wahba 1971, doi:10.1016/0022-247X(71)90184-3 (that
+        the best weights are sums of embeddings).
     """
     if not len(embeddings) or not strength > 0:
         raise ValueError(f"there must be embeddings, and strength above 0, got {len(embeddings)} and {strength}")
+    standard = _standardized(embeddings, labels)
+    return _fit(standard, strength=strength, num_classes=num_classes, start=start, max_iterations=max_iterations)
+
+
+class _Standardized(NamedTuple):
+    """Embeddings to fit on: mean 0 and deviation 1 in each dimension, then in coordinates of the space they span.
+
+    Attributes:
+        points: shape ``(N, R)``.
+        labels: ``(N,)``.
+        mean: of each dimension before, ``(D,)``.
+        deviation: likewise, 1 where nothing varies.
+        basis: orthonormal, ``(D, R)``; None for all dimensions as they are.
+    """
+
+    points: Tensor
+    labels: Tensor
+    mean: Tensor
+    deviation: Tensor
+    basis: Tensor | None
+
+
+def _standardized(embeddings: Tensor, labels: Tensor) -> _Standardized:
     points = embeddings.double()
     mean, deviation = points.mean(0), points.std(0, correction=0)
     deviation = torch.where(deviation > 1e-12, deviation, 1.0)
     points = (points - mean) / deviation
-    count = int(labels.max()) + 1 if num_classes is None else num_classes
-    weight = points.new_zeros(count, points.shape[1]) if start is None else start.weight.clone()
-    bias = points.new_zeros(count) if start is None else start.bias.clone()
-    _minimize(points, labels, weight, bias, penalty=0.5 / (strength * len(points)), max_iterations=max_iterations)
-    return LinearClassifier(mean, deviation, weight, bias)
+    if len(points) >= points.shape[1]:
+        return _Standardized(points, labels, mean, deviation, None)
+    squares, left = torch.linalg.eigh(points @ points.T)  # (N,), (N, N)
+    spanned = squares > squares[-1] * len(points) * torch.finfo(squares.dtype).eps
+    lengths, left = squares[spanned].sqrt(), left[:, spanned]
+    return _Standardized(left * lengths, labels, mean, deviation, points.T @ left / lengths)
+
+
+def _fit(
+    given: _Standardized,
+    *,
+    strength: float,
+    num_classes: int | None,
+    start: LinearClassifier | None,
+    max_iterations: int,
+) -> LinearClassifier:
+    count = int(given.labels.max()) + 1 if num_classes is None else num_classes
+    points, basis = given.points, given.basis
+    if start is None:
+        weight, bias = points.new_zeros(count, points.shape[1]), points.new_zeros(count)
+    else:
+        weight, bias = start.weight.clone() if basis is None else start.weight @ basis, start.bias.clone()
+    _minimize(points, given.labels, weight, bias, penalty=0.5 / (strength * len(points)), max_iterations=max_iterations)
+    return LinearClassifier(given.mean, given.deviation, weight if basis is None else weight @ basis.T, bias)
 
 
 def _minimize(
@@ -139,13 +183,14 @@ def linear_probe(
     """
     if not len(val_labels):
         raise ValueError("val_embeddings must be at least one: the regularization is chosen by them")
+    if not len(embeddings):
+        raise ValueError("embeddings must be at least one")
     num_classes = int(max(labels.max(), val_labels.max())) + 1
+    standard = _standardized(embeddings, labels)
     best: Probe | None = None
     classifier: LinearClassifier | None = None
     for strength in sorted(strengths):
-        classifier = fit_linear(
-            embeddings, labels, strength=strength, num_classes=num_classes, start=classifier, max_iterations=100
-        )
+        classifier = _fit(standard, strength=strength, num_classes=num_classes, start=classifier, max_iterations=100)
         accuracy = float((classifier.predict(val_embeddings) == val_labels).double().mean())
         if best is None or accuracy > best.val_accuracy:
             best = Probe(classifier, strength, accuracy)

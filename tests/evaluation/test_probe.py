@@ -67,3 +67,24 @@ def test_what_cannot_be_fitted_is_refused():
         fit_linear(torch.ones(2, 2), torch.tensor([0, 1]), strength=0)
     with pytest.raises(ValueError, match=r"^val_embeddings must be at least one"):
         linear_probe(torch.ones(2, 2), torch.tensor([0, 1]), *nothing)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0])
+def test_of_more_dimensions_than_points_the_fit_is_sklearns_too(digits, strength):
+    pixels, labels = (part[:300] for part in digits)
+    points = pixels @ torch.randn(64, 400, generator=torch.Generator().manual_seed(0)).double()
+    ours = fit_linear(points[:200], labels[:200], strength=strength)
+    scaler = StandardScaler().fit(points[:200])
+    theirs = LogisticRegression(C=strength, max_iter=10_000, tol=1e-8).fit(scaler.transform(points[:200]), labels[:200])
+    probabilities = ours.logits(points).softmax(1)
+    np.testing.assert_allclose(probabilities, theirs.predict_proba(scaler.transform(points)), atol=2e-3)
+    np.testing.assert_allclose(ours.weight, theirs.coef_, atol=2e-3)
+
+
+def test_a_start_saves_the_way_in_the_space_that_the_points_span(digits):
+    pixels, labels = (part[:100] for part in digits)
+    points = torch.cat([pixels, pixels], dim=1)
+    whole = fit_linear(points, labels)
+    again = fit_linear(points, labels, start=whole, max_iterations=1)
+    torch.testing.assert_close(again.weight, whole.weight, atol=1e-3, rtol=0)
+    assert not fit_linear(points, labels, max_iterations=1).weight.allclose(whole.weight, atol=1e-2)
