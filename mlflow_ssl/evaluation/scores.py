@@ -51,6 +51,11 @@ class Scores:
     predicted: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def shown(self) -> str | None:
+        """The way of classifying that tables of classes are of: the linear classifier, or else the most neighbours."""
+        return "linear" if "linear" in self.predicted else next(reversed(self.predicted), None)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The figures as a run has them: each with ``_low`` and ``_high`` where it has bounds."""
         named: dict[str, float] = {}
@@ -161,6 +166,27 @@ def compare(scores: Mapping[str, Scores], labels: Tensor, *, seed: int = 0) -> d
         }
         for name, other in others
     }
+
+
+def difference_rows(differences: Mapping[str, Mapping[str, Interval]]) -> list[dict[str, object]]:
+    """Return a row for each difference of `compare`.
+
+    Returns:
+        ``against`` which network, of which ``figure``, the ``difference`` with ``low`` and ``high``, and whether it
+        ``may_be_noise``: its interval holds 0.
+    """
+    return [
+        {
+            "against": name,
+            "figure": figure,
+            "difference": value,
+            "low": low,
+            "high": high,
+            "may_be_noise": low <= 0 <= high,
+        }
+        for name, figures in differences.items()
+        for figure, (value, low, high) in figures.items()
+    ]
 
 
 def by_class(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> list[dict[str, object]]:

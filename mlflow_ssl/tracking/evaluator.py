@@ -9,27 +9,45 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.models.evaluation import EvaluationResult, ModelEvaluator
-from mlflow.models.evaluation.artifacts import JsonEvaluationArtifact
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.models.evaluation.artifacts import ImageEvaluationArtifact, JsonEvaluationArtifact
+
+from mlflow_ssl.tracking.report import metric_place
+from mlflow_ssl.tracking.rows import named_vectors, others, raw_features, refusal, vectors_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mlflow_ssl.evaluation.scores import Scores
 
 MODEL_TYPE = "embedding"
-BATCH_SIZE = 256
-"""Rows that the model is asked for at once."""
-SETTINGS = {"bank_share": 0.7, "temperature": 0.1, "seed": 0}
+RAW = "raw features"
+MEASURED = ""  # no column or model has this name
+SETTINGS: dict[str, Any] = {
+    "bank_share": 0.7,
+    "temperature": 0.1,
+    "seed": 0,
+    "few_labels": False,
+    "against": (),
+    "baselines": False,
+}
 """What ``evaluator_config`` may hold, and what holds by default."""
+Vectors = npt.NDArray[np.float32]
 
 
 class EmbeddingEvaluator(ModelEvaluator):
-    """Measure embeddings by their neighbours' classes and by their rank.
+    """Measure embeddings by their neighbours' classes, a linear classifier, what they retrieve, and by their rank.
 
     The rows are dealt, stratified and seeded, into a bank of known classes (``bank_share``) and queries. Without
-    ``targets`` the rank alone is measured. The metrics of `mlflow_ssl.evaluation.scores.score` are logged to the run,
-    and the table of classes as ``evaluation/classes.json``.
+    ``targets`` the rank alone is measured. ``few_labels`` adds linear classifiers that know few labels.
+
+    Beside the model stand others on the same rows: those of ``against``, columns of vectors or models, which are loaded
+    by `mlflow.pyfunc.load_model`; and, with ``baselines``, the rows themselves. By how much the model exceeds each is
+    the table ``evaluation/differences.json``.
+
+    The metrics of `mlflow_ssl.evaluation.scores.score` are logged to the run, those of others below their names. By the
+    linear classifier there are the table of classes, ``evaluation/classes.json``, and what is taken for what,
+    ``evaluation/confusion_matrix.png``.
     """
 
     @classmethod
@@ -52,87 +70,105 @@ class EmbeddingEvaluator(ModelEvaluator):
         """Measure, log to the run, and return it.
 
         Raises:
-            MlflowException: if a setting is unknown, the model gives no vectors, or there are too few rows.
+            MlflowException: if a setting is unknown, a model gives no vectors, or there are too few rows.
         """
         settings = _settings(evaluator_config)
-        embeddings = _embeddings(model, dataset, predictions)
+        vectors = _vectors(model, dataset, predictions, settings)
         targets = dataset.labels_data if dataset.has_targets else None
-        metrics, classes = _measure(embeddings, targets, settings)
-        client = MlflowClient()
+        scores, dealt = _measure(vectors, targets, settings)
+        client, metrics = MlflowClient(), _metrics(scores)
         for name, value in metrics.items():
-            client.log_metric(run_id, name, value, model_id=model_id)
-        artifacts: dict[str, Any] = {}
-        if classes:
-            client.log_dict(run_id, {"classes": classes}, "evaluation/classes.json")
-            uri = f"runs:/{run_id}/evaluation/classes.json"
-            artifacts["classes"] = JsonEvaluationArtifact(uri=uri, content={"classes": classes})  # type: ignore[no-untyped-call]
+            client.log_metric(run_id, name, value, model_id=None if "/" in name else model_id)
+        artifacts = _log_tables(client, run_id, scores, *dealt) if dealt else {}
         return EvaluationResult(metrics=metrics, artifacts=artifacts, run_id=run_id)  # type: ignore[no-untyped-call]
 
 
 def _settings(given: dict[str, Any] | None) -> dict[str, Any]:
     unknown = sorted((given or {}).keys() - SETTINGS.keys())
     if unknown:
-        raise _refusal(f"evaluator_config may hold {', '.join(SETTINGS)}, got {', '.join(unknown)}")
+        raise refusal(f"evaluator_config may hold {', '.join(SETTINGS)}, got {', '.join(unknown)}")
     settings = SETTINGS | (given or {})
     if not 0 < settings["bank_share"] < 1:
-        raise _refusal(f"evaluator_config.bank_share must be between 0 and 1, got {settings['bank_share']}")
+        raise refusal(f"evaluator_config.bank_share must be between 0 and 1, got {settings['bank_share']}")
+    for key in ("few_labels", "baselines"):
+        if not isinstance(settings[key], bool):
+            raise refusal(f"evaluator_config.{key} must be true or false, got {settings[key]}")
+    against = settings["against"]
+    settings["against"] = [against] if isinstance(against, str) else list(against)
+    if not all(isinstance(name, str) for name in settings["against"]):
+        raise refusal(f"evaluator_config.against must be columns or URIs of models, got {against}")
     return settings
 
 
-def _embeddings(model: Any, dataset: Any, predictions: str | None) -> npt.NDArray[np.float32]:
-    """Return the embeddings ``(N, D)`` of all rows: the model's, or those that the data set brings along."""
-    if model is None:
-        if not dataset.has_predictions:
-            raise _refusal("a model must be given, or a data set with a column of predictions")
-        return _as_vectors(dataset.predictions_data)
-    rows = dataset.features_data
-    parts = []
-    for start in range(0, len(rows), BATCH_SIZE):
-        given = model.predict(rows[start : start + BATCH_SIZE])
-        parts.append(_as_vectors(given[predictions] if predictions else given))
-    if not parts or len({part.shape[1] for part in parts}) != 1:
-        raise _refusal("the model must give a vector of one size for each row")
-    together = np.concatenate(parts)
-    if len(together) != len(rows):
-        raise _refusal(f"the model must give a vector for each row, got {len(together)} for {len(rows)}")
-    return together
-
-
-def _as_vectors(given: Any) -> npt.NDArray[np.float32]:
-    """Return vectors ``(N, D)``, whatever form they have: an array, a tensor, a frame, or a column of lists."""
-    if hasattr(given, "detach"):
-        given = given.detach().cpu().float().numpy()
-    if getattr(given, "ndim", 0) == 2 and getattr(given, "shape", (0, 0))[1] == 1 and hasattr(given, "iloc"):
-        given = given.iloc[:, 0]
-    try:
-        values = given.to_numpy() if hasattr(given, "to_numpy") else np.asarray(given)
-        vectors = np.stack(list(values)).astype(np.float32) if values.dtype == object else values.astype(np.float32)
-    except (TypeError, ValueError) as error:
-        raise _refusal(f"the model must give numbers, a vector for each row: {error}") from error
-    if vectors.ndim != 2:
-        raise _refusal(f"the model must give vectors, an array (N, D), got the shape {vectors.shape}")
-    if not np.isfinite(vectors).all():
-        raise _refusal("the model must give finite numbers, got some that are not")
-    return vectors
+def _vectors(model: Any, dataset: Any, predictions: str | None, settings: dict[str, Any]) -> dict[str, Vectors]:
+    """Return the vectors ``(N, D)`` of all rows: first those that are measured, then what they are compared with."""
+    rows, compared = others(dataset.features_data, settings["against"])
+    if model is not None:
+        measured = vectors_of(model, rows, predictions=predictions)
+    elif dataset.has_predictions:
+        measured = named_vectors(dataset.predictions_data, "the column of predictions")
+    else:
+        raise refusal("a model must be given, or a data set with a column of predictions")
+    baselines = {RAW: raw_features(rows)} if settings["baselines"] else {}
+    return {MEASURED: measured, **compared, **baselines}
 
 
 def _measure(
-    embeddings: npt.NDArray[np.float32], targets: Any, settings: dict[str, Any]
-) -> tuple[dict[str, float], list[dict[str, object]]]:
+    vectors: dict[str, Vectors], targets: Any, settings: dict[str, Any]
+) -> tuple[dict[str, "Scores"], tuple["Tensor", list[str]] | None]:
+    """Return the scores of all vectors; and, where classes are known, those of the queries and their names."""
     import torch
 
-    from mlflow_ssl.evaluation.scores import Labelled, by_class, score
+    from mlflow_ssl.evaluation.scores import Labelled, score
 
-    vectors = torch.from_numpy(embeddings)
     if targets is None:
-        unknown = torch.zeros(len(vectors), dtype=torch.long)
-        return score(Labelled(vectors[:0], unknown[:0]), Labelled(vectors, unknown)).metrics, []
+        unknown = torch.zeros(len(vectors[MEASURED]), dtype=torch.long)
+        return {
+            name: score(Labelled(rows[:0], unknown[:0]), Labelled(rows, unknown))
+            for name, rows in ((name, torch.from_numpy(rows)) for name, rows in vectors.items())
+        }, None
     names, labels = np.unique(np.asarray(targets).astype(str), return_inverse=True)
     bank, queries = _deal(labels, settings)
-    parts = [Labelled(vectors[rows], torch.from_numpy(labels[rows]).long()) for rows in (bank, queries)]
-    scores: Scores = score(*parts, temperature=settings["temperature"], seed=settings["seed"])
-    predicted = scores.predicted[_shown(scores)]
-    return scores.metrics, by_class(predicted, parts[1].labels, names.tolist())
+    scores = {}
+    for name, rows in vectors.items():
+        parts = [
+            Labelled(torch.from_numpy(rows[part]), torch.from_numpy(labels[part]).long()) for part in (bank, queries)
+        ]
+        options = {key: settings[key] for key in ("temperature", "seed", "few_labels")}
+        scores[name] = score(*parts, **options)
+    return scores, (torch.from_numpy(labels[queries]).long(), names.tolist())
+
+
+def _metrics(scores: dict[str, "Scores"]) -> dict[str, float]:
+    first, *rest = scores.items()
+    metrics = dict(first[1].metrics)
+    for name, measured in rest:
+        metrics |= {f"{metric_place(name)}/{figure}": interval.value for figure, interval in measured.figures.items()}
+    return metrics
+
+
+def _log_tables(
+    client: MlflowClient, run_id: str, scores: dict[str, "Scores"], truth: "Tensor", names: list[str]
+) -> dict[str, Any]:
+    """Log tables and the confusion matrix, and return them as MLflow's evaluation has them."""
+    from mlflow_ssl.evaluation.scores import by_class, compare, difference_rows
+    from mlflow_ssl.pictures.confusion import confusion_matrix
+
+    measured = scores[MEASURED]
+    shown = measured.shown or ""  # with a bank there is one
+    predicted = measured.predicted[shown]
+    tables = {"classes": by_class(predicted, truth, names), "differences": difference_rows(compare(scores, truth))}
+    artifacts: dict[str, Any] = {}
+    for name, rows in tables.items():
+        if rows:
+            client.log_dict(run_id, {name: rows}, f"evaluation/{name}.json")
+            uri = f"runs:/{run_id}/evaluation/{name}.json"
+            artifacts[name] = JsonEvaluationArtifact(uri=uri, content={name: rows})  # type: ignore[no-untyped-call]
+    picture, file = confusion_matrix(truth, predicted, names), "evaluation/confusion_matrix.png"
+    client.log_image(run_id, picture, artifact_file=file)
+    uri = f"runs:/{run_id}/{file}"
+    artifacts["confusion_matrix"] = ImageEvaluationArtifact(uri=uri, content=picture)  # type: ignore[no-untyped-call]
+    return artifacts
 
 
 def _deal(labels: npt.NDArray[np.int64], settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -140,20 +176,12 @@ def _deal(labels: npt.NDArray[np.int64], settings: dict[str, Any]) -> tuple[Any,
 
     counts = np.bincount(labels)
     if len(counts) < 2 or counts.min() < 2:
-        raise _refusal("targets must be of two classes at least, and of each class two rows")
+        raise refusal("targets must be of two classes at least, and of each class two rows")
     rows = np.arange(len(labels))
     try:
         bank, queries = train_test_split(
             rows, train_size=settings["bank_share"], stratify=labels, random_state=settings["seed"]
         )
     except ValueError as error:
-        raise _refusal(f"the rows cannot be dealt into bank and queries: {error}") from error
+        raise refusal(f"the rows cannot be dealt into bank and queries: {error}") from error
     return np.sort(bank), np.sort(queries)
-
-
-def _shown(scores: "Scores") -> str:
-    return "knn_20" if "knn_20" in scores.predicted else next(reversed(scores.predicted))
-
-
-def _refusal(reason: str) -> MlflowException:
-    return MlflowException(reason, error_code=INVALID_PARAMETER_VALUE)

@@ -1,5 +1,7 @@
 """A report, logged to a run that ``mlflow run`` has opened, or to a new one, which then ends."""
 
+import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +49,17 @@ def _logged_model_id(client: MlflowClient, uri: str) -> str | None:
     except MlflowException:
         pass  # a version without a run, or of one that is gone
     return None
+
+
+def metric_place(name: str) -> str:
+    """Return a model's name as the first part of the names of its metrics, of characters that MLflow takes.
+
+    Example:
+        >>> metric_place("models:/byol@champion"), metric_place("raw pixels")
+        ('models/byol_champion', 'raw_pixels')
+    """
+    place = re.sub(r"[^\w./-]", "_", name.replace(":", ""), flags=re.ASCII)
+    return posixpath.normpath(place).strip("./") or "model"
 
 
 def log_report(

@@ -57,7 +57,7 @@ def by_sklearn(vectors, labels, count, seed=0):
 
 def test_a_foreign_network_is_measured_as_sklearn_does_and_the_run_holds_it(store, digits):
     with mlflow.start_run() as run:
-        logged = mlflow.pyfunc.log_model(name="foreign", python_model=timm_model())
+        logged = mlflow.pyfunc.log_model(name="foreign", python_model=timm_model(), pip_requirements=["timm"])
         result = evaluate(logged.model_uri, digits, targets="digit")
     model = timm_model()
     model.load_context(None)
@@ -96,6 +96,75 @@ def test_embeddings_that_are_there_already_need_no_model(store, digits):
     assert evaluate(None, data, targets="digit", predictions="embedding").metrics["knn_5"] == 1
 
 
+def one_hot(digits, right=1.0, seed=0):
+    """Return vectors that tell the class, of a share of the rows."""
+    rng = np.random.default_rng(seed)
+    known = digits["digit"].str[-1].astype(int).to_numpy()
+    said = np.where(rng.random(len(known)) < right, known, rng.integers(0, 10, len(known)))
+    return np.eye(10)[said] + rng.normal(size=(len(known), 10)) * 0.1
+
+
+def test_few_labels_are_measured_when_asked_for(store, digits):
+    def pixels(frame):
+        return frame.to_numpy()
+
+    plain = evaluate(pixels, digits, targets="digit").metrics
+    config = {"few_labels": True}
+    few = evaluate(pixels, digits, targets="digit", evaluator_config=config).metrics
+    new = {f"few_{name}" for name in ("1_per_class", "5_per_class", "1_percent", "10_percent")}
+    assert few.keys() - plain.keys() == new | {f"{name}_{end}" for name in new for end in ("low", "high")}
+    assert 0.3 < few["few_1_per_class"] < few["few_5_per_class"] < 1
+    assert few["few_5_per_class_low"] < few["few_5_per_class"] < few["few_5_per_class_high"]
+    assert plain.items() <= few.items()
+
+
+def test_columns_models_and_the_rows_stand_beside_the_model(store, digits):
+    data = digits.assign(good=list(one_hot(digits)), chance=list(one_hot(digits, right=0.0)))
+    with mlflow.start_run() as run:
+        other = mlflow.pyfunc.log_model(name="foreign", python_model=timm_model(), pip_requirements=["timm"]).model_uri
+        config = {"against": ["chance", other], "baselines": True}
+        result = evaluate(None, data, targets="digit", predictions="good", evaluator_config=config)
+    place = other.replace(":", "")
+    metrics = store.get_run(run.info.run_id).data.metrics
+    assert metrics["knn_5"] == metrics["linear"] == 1
+    assert metrics["chance/knn_5"] < 0.3
+    vectors = timm_model()
+    vectors.load_context(None)
+    features = digits.drop(columns="digit")  # the model sees no column of vectors
+    expected = by_sklearn(vectors.predict(None, features), digits["digit"].to_numpy(), 5)
+    assert metrics[f"{place}/knn_5"] == pytest.approx(expected, abs=0.01)
+    pixels = by_sklearn(features.to_numpy(), digits["digit"].to_numpy(), 5)
+    assert metrics["raw_features/knn_5"] == pytest.approx(pixels, abs=0.01)
+    rows = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/evaluation/differences.json")["differences"]
+    assert result.artifacts["differences"].content["differences"] == rows
+    (row,) = [row for row in rows if (row["against"], row["figure"]) == ("chance", "knn_5")]
+    assert row["difference"] == pytest.approx(1 - metrics["chance/knn_5"])
+    assert 0 < row["low"] < row["difference"] < row["high"]
+    assert not row["may_be_noise"]
+    assert {row["against"] for row in rows} == {"chance", other, "raw features"}
+    picture = mlflow.artifacts.load_image(f"runs:/{run.info.run_id}/evaluation/confusion_matrix.png")
+    assert picture.size == result.artifacts["confusion_matrix"].content.size
+
+
+def test_a_difference_of_noise_is_called_so(store, digits):
+    data = digits.assign(one=list(one_hot(digits, 0.9, seed=1)), two=list(one_hot(digits, 0.9, seed=2)))
+    result = evaluate(None, data, targets="digit", predictions="one", evaluator_config={"against": "two"})
+    noise = {row["figure"]: row["may_be_noise"] for row in result.artifacts["differences"].content["differences"]}
+    assert noise["knn_20"]
+
+
+def test_pictures_in_a_column_are_the_baseline(store, digits):
+    frame = pd.DataFrame({"picture": [row.reshape(8, 8) for row in digits.drop(columns="digit").to_numpy()]})
+    data = frame.assign(digit=digits["digit"])
+
+    def model(rows):
+        return np.stack([picture.mean(0) for picture in rows["picture"]])
+
+    metrics = evaluate(model, data, targets="digit", evaluator_config={"baselines": True}).metrics
+    expected = by_sklearn(digits.drop(columns="digit").to_numpy(), digits["digit"].to_numpy(), 5)
+    assert metrics["raw_features/knn_5"] == pytest.approx(expected, abs=0.01)
+
+
 def test_without_targets_the_rank_is_measured(store, digits):
     metrics = evaluate(lambda frame: frame.to_numpy(), digits.drop(columns="digit")).metrics
     assert metrics.keys() == {"rankme"}
@@ -113,8 +182,20 @@ def test_settings_are_taken(store, digits):
         (
             lambda frame: frame.to_numpy(),
             {"evaluator_config": {"k": 3}},
-            "may hold bank_share, temperature, seed, got k",
+            "may hold bank_share, temperature, seed, few_labels, against, baselines, got k",
         ),
+        (
+            lambda frame: frame.to_numpy(),
+            {"evaluator_config": {"few_labels": "yes"}},
+            "few_labels must be true or false",
+        ),
+        (lambda frame: frame.to_numpy(), {"evaluator_config": {"against": [3]}}, "must be columns or URIs of models"),
+        (
+            lambda frame: frame.to_numpy(),
+            {"evaluator_config": {"against": ["models:/none/1"]}},
+            "against must name columns or models, got models:/none/1: ",
+        ),
+        (lambda frame: frame.to_numpy(), {"evaluator_config": {"against": ["p0"]}}, "the column p0 must give vectors"),
         (lambda frame: frame.to_numpy(), {"evaluator_config": {"bank_share": 2}}, "bank_share must be between 0 and 1"),
         (lambda frame: frame.to_numpy()[:-1], {}, "a vector for each row, got 398 for 400"),
         (lambda frame: ["cat"] * len(frame), {}, "must give numbers"),
@@ -125,6 +206,12 @@ def test_settings_are_taken(store, digits):
 def test_what_cannot_be_measured_is_refused_in_one_line(store, digits, model, options, message):
     with pytest.raises(MlflowException, match=message):
         evaluate(model, digits, targets="digit", **options)
+
+
+def test_rows_of_words_have_no_baseline(store, digits):
+    data = digits[["digit"]].assign(text="a word")
+    with pytest.raises(MlflowException, match="baselines needs rows of numbers, or one column of arrays of one shape"):
+        evaluate(lambda rows: np.zeros((len(rows), 2)), data, targets="digit", evaluator_config={"baselines": True})
 
 
 def test_too_few_rows_of_a_class_are_refused(store, digits):
