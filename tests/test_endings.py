@@ -31,6 +31,11 @@ MISTAKES = {
     "an unknown key": (["trainer.max_epoch=1"], None, "no config key is named 'trainer.max_epoch'"),
     "a GPU that is not there": (["trainer=lightning_gpu_bf16"], None, "use trainer=lightning_cpu"),
     "too many neighbours": (["callbacks.knn.num_neighbours=99"], None, "num_neighbours must be between 1 and the bank"),
+    "too small a bank": (
+        ["callbacks.knn.max_bank=2"],
+        None,
+        "max_bank must be at least callbacks.knn.num_neighbours 3",
+    ),
     "too large a batch": (["datamodule.batch_size=99"], None, "datamodule.batch_size must be at most the training"),
     "an unknown export": (["export.types=[tflite]"], None, "export.types.0 is wrong"),
     "a split file that is missing": (

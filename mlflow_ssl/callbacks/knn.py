@@ -1,12 +1,16 @@
 """Accuracy of the nearest neighbours, before, during and after training."""
 
+import logging
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated, Gathered, has_bank
+from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.evaluation.knn import accuracy, knn_predict
 from mlflow_ssl.evaluation.linear import linear_accuracy
+
+log = logging.getLogger(__name__)
 
 
 class KNNEvaluation(Callback):
@@ -19,16 +23,25 @@ class KNNEvaluation(Callback):
     Args:
         num_neighbours: how many vote.
         temperature: of the weighted vote.
+        max_bank: of so many training images at most, chosen by the datamodule's seed; which are, stands in the log and
+            in the run's tag ``data.bank``. None takes all.
+
+    Raises:
+        ValueError: if ``max_bank`` is less than ``num_neighbours``.
 
     Attributes:
         evaluated: what the last evaluation was made of, for other callbacks to look at until the next stage begins.
     """
 
-    def __init__(self, num_neighbours: int = 20, temperature: float = 0.1) -> None:
+    def __init__(self, num_neighbours: int = 20, temperature: float = 0.1, max_bank: int | None = None) -> None:
+        if max_bank is not None and max_bank < num_neighbours:
+            raise ValueError(f"max_bank must be at least num_neighbours {num_neighbours}, got {max_bank}")
         self.num_neighbours = num_neighbours
         self.temperature = temperature
+        self.max_bank = max_bank
         self._embeddings = Embeddings()
         self._val_acc: float | None = None
+        self._bank_words: str | None = None
         self.evaluated: Evaluated | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,6 +51,20 @@ class KNNEvaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._val_acc = state_dict["val_acc"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Bound the bank before its images are loaded, and say so."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, SSLDataModule):
+            return
+        words = datamodule.bound_bank(self.max_bank)
+        if words is None or words == self._bank_words or not trainer.is_global_zero:
+            return
+        self._bank_words = words
+        log.info("neighbours are looked for among %s", words)
+        run: Any = getattr(trainer.logger, "run", None)
+        if hasattr(run, "set_tags"):
+            run.set_tags({"data.bank": words})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides, also if resumed within it."""

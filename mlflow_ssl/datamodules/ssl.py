@@ -19,7 +19,7 @@ from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.sampler import Key
 from mlflow_ssl.datasets.sources.shards import ShardSource
-from mlflow_ssl.datasets.splits import SPLITS, deal
+from mlflow_ssl.datasets.splits import SPLITS, deal, sample
 from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
@@ -47,6 +47,9 @@ class SSLDataModule(ClassificationDataModule):
         kwargs: see `ClassificationDataModule`.
     """
 
+    _max_bank: int | None = None
+    _sampled: tuple[int, int, npt.NDArray[np.int64]] | None = None
+
     def __init__(
         self,
         data_path: str,
@@ -73,8 +76,25 @@ class SSLDataModule(ClassificationDataModule):
 
     @property
     def bank(self) -> ImageIndex:
-        """The labelled images that neighbours are looked for among."""
+        """The labelled images that neighbours are looked for among; see `bound_bank`."""
         return self._bank_and_queries()[0]
+
+    def bound_bank(self, max_bank: int | None) -> str | None:
+        """Have at most ``max_bank`` images in the bank; the others are not even read for it.
+
+        They are chosen by ``seed``, of each class its share, the same on every machine; None takes all.
+
+        Returns:
+            What the bank is in words, where images are left out.
+        """
+        self._max_bank = None
+        whole = len(self.bank)
+        self._max_bank = max_bank
+        if self._datasets:
+            self._datasets["bank"] = self._image_dataset(self.bank, self.val_transform)
+        if max_bank is None or whole <= max_bank:
+            return None
+        return f"{max_bank:,} of {whole:,} labelled images, drawn by class with seed {self.seed}"
 
     @property
     def queries(self) -> ImageIndex:
@@ -183,6 +203,15 @@ class SSLDataModule(ClassificationDataModule):
         return [self._loader(part) for part in (bank, images) if len(part)] if len(images) else []
 
     def _bank_and_queries(self) -> tuple[ImageIndex, ImageIndex]:
+        bank, queries = self._whole_bank_and_queries()
+        if self._max_bank is None or len(bank) <= self._max_bank:
+            return bank, queries
+        if self._sampled is None or self._sampled[:2] != (self._max_bank, len(bank)):
+            rows = sample(column(bank.table, "path"), bank.labels, self._max_bank, seed=self.seed)
+            self._sampled = self._max_bank, len(bank), rows
+        return bank.take(self._sampled[2]), queries
+
+    def _whole_bank_and_queries(self) -> tuple[ImageIndex, ImageIndex]:
         bank, val = self.index.split("train").labelled(), self.index.split("val")
         nothing = bank.take(np.empty(0, dtype=np.int64))
         if _num_classes(bank) > 1:
@@ -209,7 +238,7 @@ class SSLDataModule(ClassificationDataModule):
         """Leave out the images that the views are drawn from."""
         views = copy.copy(self.augmentation_dataset)
         views.dataset = None
-        return super().__getstate__() | {"augmentation_dataset": views}
+        return super().__getstate__() | {"augmentation_dataset": views, "_sampled": None}
 
 
 def _streamed_views(views: TwoAugmentationDataset, data: bytes, key: Key) -> Any:

@@ -86,6 +86,23 @@ def deal(paths: pa.Array, shares: Mapping[str, float], *, seed: int) -> Splits:
     return dealt
 
 
+def sample(paths: pa.Array, labels: npt.NDArray[np.int64], count: int, *, seed: int) -> npt.NDArray[np.int64]:
+    """Choose some of the images: of each class its share of them, to within one image.
+
+    Args:
+        paths: relative paths, in any order, shape ``(N,)``.
+        labels: class of each, shape ``(N,)``.
+        count: how many, in 1..N.
+        seed: another seed, another choice; within a class it is made as in `draw_splits`.
+
+    Returns:
+        Rows of the chosen, ascending, shape ``(count,)``.
+    """
+    by_class = _order(paths, labels, seed=seed)
+    middles = (2 * np.arange(count) + 1) * len(paths) // (2 * count)
+    return np.sort(by_class[middles])
+
+
 def check_sizes(val_size: float, test_size: float) -> None:
     """Refuse shares that are out of range, or that leave nothing to train on.
 

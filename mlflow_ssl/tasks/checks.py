@@ -33,7 +33,12 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
             f"datamodule.batch_size must be at most the training split's {num_train} images, "
             f"got {datamodule.batch_size}"
         )
-    neighbours = config.callbacks.knn.num_neighbours if config.callbacks.get("knn") else 1
+    knn = config.callbacks.get("knn") or {}
+    neighbours, max_bank = knn.get("num_neighbours", 1), knn.get("max_bank")
+    if max_bank is not None and max_bank < neighbours:
+        raise InputError(
+            f"callbacks.knn.max_bank must be at least callbacks.knn.num_neighbours {neighbours}, got {max_bank}"
+        )
     if num_bank and not 1 <= neighbours <= num_bank:
         raise InputError(
             f"callbacks.knn.num_neighbours must be between 1 and the bank size {num_bank}, got {neighbours}; "

@@ -1,11 +1,15 @@
 import math
 
+import albumentations as A
 import pytest
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.loggers import Logger
 from tiny import fit, labelled, pairs, quiet_trainer, tiny_method
 
 from mlflow_ssl.callbacks import KNNEvaluation
+from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datasets import TwoAugmentationDataset
 from mlflow_ssl.evaluation import linear_accuracy
 
 K, TEMPERATURE = 5, 0.001  # so low that the nearest alone decides
@@ -133,6 +137,59 @@ def test_what_was_evaluated_is_kept_until_the_next_stage_begins(loaders):
     trainer.test(method, list(loaders), verbose=False)
     assert {stage for stage, _ in seen} == {"train", "validate", "test"}
     assert [stage for stage, evaluated in seen if evaluated is not None] == []
+
+
+def test_a_bank_smaller_than_the_neighbours_is_refused():
+    with pytest.raises(ValueError, match=r"^max_bank must be at least num_neighbours 20, got 19"):
+        KNNEvaluation(max_bank=19)
+
+
+class Run(Logger):
+    """A logger whose run takes tags."""
+
+    name, version = "run", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.run, self.tags = self, {}
+
+    def set_tags(self, tags):
+        self.tags |= tags
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+
+def test_the_run_says_which_images_a_bounded_bank_has_and_neighbours_are_among_them(image_folder, caplog):
+    clean = A.Compose([A.Resize(6, 6), A.Normalize()])
+    module = SSLDataModule(
+        str(image_folder({"a": 12, "b": 12, "c": 12}, size=6)),
+        augmentation_dataset=TwoAugmentationDataset([clean, clean]),
+        val_transform=clean,
+        test_transform=clean,
+        num_workers=0,
+        batch_size=5,
+    )
+    method, knn, run = tiny_method(), KNNEvaluation(K, TEMPERATURE, max_bank=9), Run()
+    with caplog.at_level("INFO"):
+        trainer = quiet_trainer(callbacks=[knn], logger=run)
+        (metrics, *_) = trainer.validate(method, module, verbose=False)
+        trainer.test(method, module, verbose=False)
+    words = "9 of 24 labelled images, drawn by class with seed 42"
+    assert run.tags == {"data.bank": words}
+    assert [record.message for record in caplog.records if "neighbours" in record.message] == [
+        f"neighbours are looked for among {words}"
+    ]
+    bank, queries = module.val_dataloader()
+    assert sum(len(labels) for _, labels in bank) == 9
+    majority, _ = accuracies_by_hand(method, bank, queries)
+    assert metrics["val_acc"] == pytest.approx(majority)
+    shown = module.evaluated_images("bank")
+    for row, embedding in zip(knn.evaluated.bank_rows.tolist(), knn.evaluated.bank, strict=True):
+        torch.testing.assert_close(method.embed(shown[row][0][None])[0], embedding, rtol=0, atol=1e-6)
 
 
 def test_a_sanity_check_is_no_evaluation(loaders):

@@ -195,6 +195,50 @@ def test_training_images_are_the_bank_and_validation_images_the_queries(module):
     assert labels_of(tested) == datamodule.index.split("test").labels.tolist()
 
 
+def test_a_bounded_bank_is_of_each_class_its_share_and_the_same_each_time(module):
+    whole, bounded, again, other = module(), module(), module(), module(seed=1)
+    for datamodule in (bounded, again, other):
+        assert datamodule.bound_bank(6).startswith("6 of 18 labelled images, drawn by class with seed ")
+    assert np.bincount(whole.bank.labels).tolist() == [6, 12]
+    assert np.bincount(bounded.bank.labels).tolist() == [2, 4]
+    assert bounded.bank.paths == again.bank.paths
+    assert paths(bounded.bank) < paths(whole.bank)
+    assert bounded.bank.paths == sorted(bounded.bank.paths)
+    assert paths(other.bank) != paths(bounded.bank)
+    assert paths(bounded.queries) == paths(whole.queries)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_only_images_of_a_bounded_bank_are_read(module, early, monkeypatch):
+    datamodule = module()
+    if early:
+        datamodule.bound_bank(6)
+    datamodule.setup()
+    if not early:
+        datamodule.bound_bank(6)
+    read = []
+    whole = image.ImageDataset.picture
+    monkeypatch.setattr(
+        image.ImageDataset, "picture", lambda self, row: read.append(self._paths[row].as_py()) or whole(self, row)
+    )
+    for bank, _ in (datamodule.val_dataloader(), datamodule.test_dataloader()):
+        read.clear()
+        images, labels = images_of(bank), labels_of(bank)
+        assert read[: len(labels)] == datamodule.bank.paths
+        assert labels == datamodule.bank.labels.tolist()
+        shown = datamodule.evaluated_images("bank")
+        assert images.equal(torch.stack([shown[row][0] for row in range(6)]))
+
+
+def test_a_bank_that_is_small_enough_is_left_whole(module):
+    datamodule = module()
+    assert datamodule.bound_bank(18) is None
+    assert datamodule.bound_bank(17)
+    assert len(datamodule.bank) == 17
+    assert datamodule.bound_bank(None) is None
+    assert len(datamodule.bank) == 18
+
+
 def test_bank_and_queries_are_clean_images(module, tmp_path):
     datamodule = module()
     datamodule.setup()

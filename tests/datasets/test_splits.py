@@ -1,5 +1,6 @@
 from collections import Counter, defaultdict
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -186,6 +187,28 @@ def test_draw_refuses_sizes_out_of_range(sizes, message):
 def test_deal_gives_each_split_its_share():
     dealt = deal([f"{number}.png" for number in range(10)], {"val": 0.3, "train": 0.7}, seed=0)
     assert Counter(dealt.values()) == {"val": 3, "train": 7}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.data(), st.integers(0, 99))
+def test_a_sample_has_of_each_class_its_share_within_one_image(counts, data, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    paths = pa.array([f"{number}.png" for number in range(len(labels))])
+    count = data.draw(st.integers(1, len(labels)))
+    rows = splits.sample(paths, labels, count, seed=seed)
+    assert len(set(rows.tolist())) == count
+    assert rows.tolist() == sorted(rows.tolist())
+    chosen = np.bincount(labels[rows], minlength=len(counts))
+    shares = np.array(counts) * count / len(labels)
+    assert (np.abs(chosen - shares) < 1 + 1e-9).all()
+
+
+def test_a_sample_does_not_depend_on_the_order_of_the_images():
+    paths, labels = np.array([f"{number}.png" for number in range(50)]), np.arange(50) % 3
+    shuffled = np.random.default_rng(0).permutation(50)
+    chosen = paths[splits.sample(pa.array(paths), labels, 20, seed=3)]
+    again = paths[shuffled][splits.sample(pa.array(paths[shuffled]), labels[shuffled], 20, seed=3)]
+    assert set(chosen) == set(again)
 
 
 @pytest.fixture
