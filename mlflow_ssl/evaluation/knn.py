@@ -4,11 +4,15 @@
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GROUP = 32
+"""Similarities of which only the largest is compared at first: the others are looked at where that one counts."""
 
 
 class Predictions(NamedTuple):
@@ -31,8 +35,8 @@ def nearest(
     bank: Tensor,
     num_neighbours: int,
     *,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 8192,
+    chunk_size: int = 1000,
+    bank_chunk_size: int = 8000,
     device: torch.device | str | None = None,
 ) -> Neighbours:
     """Find the nearest bank entries of each query in cosine distance.
@@ -61,32 +65,76 @@ def nearest(
     """
     if not 1 <= num_neighbours <= len(bank):
         raise ValueError(f"num_neighbours must be between 1 and the bank size {len(bank)}, got {num_neighbours}")
-    device = queries.device if device is None else device
+    device = queries.device if device is None else torch.device(device)
     chunks = torch.split(queries, chunk_size)
     best = [_none_found(len(chunk), device) for chunk in chunks]
     # used again and again: to take fresh memory for each product costs a third of the product
-    room = torch.empty(min(chunk_size, len(queries)) * min(bank_chunk_size, len(bank)), device=device)
-    # the bank outside: each of its chunks is moved and normalised once
-    for start in range(0, len(bank), bank_chunk_size):
-        entries = _unit(bank[start : start + bank_chunk_size], device)
-        for place, chunk in enumerate(chunks):
-            products = room[: len(chunk) * len(entries)].view(len(chunk), len(entries))
-            torch.mm(_unit(chunk, device), entries.T, out=products)
-            similarities, indices = _top(products, num_neighbours)
-            best[place] = _merge(best[place], Neighbours(similarities, indices + start), num_neighbours)
+    room = torch.empty(min(chunk_size, len(queries)) * _padded(min(bank_chunk_size, len(bank))), device=device)
+    with _full_precision():
+        # the bank outside: each of its chunks is moved and normalised once
+        for start in range(0, len(bank), bank_chunk_size):
+            entries = _unit(bank[start : start + bank_chunk_size], device)
+            for place, chunk in enumerate(chunks):
+                products = _products(_unit(chunk, device), entries, room)
+                similarities, indices = _contenders(products, len(entries), best[place], num_neighbours)
+                best[place] = _merge(best[place], Neighbours(similarities, indices + start), num_neighbours)
     return Neighbours(*(torch.cat(parts).to(queries.device) for parts in zip(*best, strict=True)))
 
 
-def _unit(embeddings: Tensor, device: torch.device | str) -> Tensor:
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Have float32 multiplied as float32, also where the training allows TF32 or bfloat16 for it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _unit(embeddings: Tensor, device: torch.device) -> Tensor:
     """Return the embeddings as float32 of length 1; half precision is moved before it is widened."""
     return F.normalize(embeddings.to(device).float(), dim=1)
 
 
-def _none_found(num_queries: int, device: torch.device | str) -> Neighbours:
+def _none_found(num_queries: int, device: torch.device) -> Neighbours:
     """Return a list of no neighbours for each query."""
     return Neighbours(
         torch.empty(num_queries, 0, device=device), torch.empty(num_queries, 0, dtype=torch.long, device=device)
     )
+
+
+def _padded(num_entries: int) -> int:
+    """Return the smallest number of columns that holds the entries in whole groups."""
+    return -(-num_entries // GROUP) * GROUP
+
+
+def _products(queries: Tensor, entries: Tensor, room: Tensor) -> Tensor:
+    """Return all similarities in ``room``: ``(Q, N)``, and columns of minus infinity that fill the last group."""
+    shape = (len(queries), _padded(len(entries)))
+    products = room[: shape[0] * shape[1]].view(shape)
+    torch.mm(queries, entries.T, out=products[:, : len(entries)])
+    products[:, len(entries) :] = -torch.inf
+    return products
+
+
+def _contenders(products: Tensor, num_entries: int, known: Neighbours, num: int) -> Neighbours:
+    """Return what may be nearer than the ``num`` that are known, in the order of their places.
+
+    Only the largest similarity of each group is compared with the known. No more than ``num`` groups are looked into:
+    what is in another has a larger one before it in each of these.
+    """
+    full = known.similarities.shape[1] == num
+    least = known.similarities[:, -1:] if full else products.new_full((len(products), 1), -torch.inf)
+    largest = products.view(len(products), -1, GROUP).amax(2)  # (Q, groups)
+    # not `>`: NaN counts as the largest; it is the least where all that is known is NaN, and nothing is nearer
+    nearer = ~(largest <= least) & ~least.isnan()
+    num_groups = min(int(nearer.sum(1).max()), num)
+    if 2 * num_groups * GROUP >= num_entries:
+        return _top(products[:, :num_entries], num)
+    groups = _top(largest, num_groups).indices
+    places = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
+    return Neighbours(products.gather(1, places), places)
 
 
 def _top(similarities: Tensor, num: int) -> Neighbours:
@@ -95,11 +143,11 @@ def _top(similarities: Tensor, num: int) -> Neighbours:
         places = torch.arange(similarities.shape[1], device=similarities.device)
         return Neighbours(similarities, places.expand_as(similarities))
     values, indices = similarities.topk(num + 1, dim=1)
-    tied = values[:, num] == values[:, num - 1]  # topk took any of several equals
-    indices = indices[:, :num].contiguous()
-    if tied.any():
-        indices[tied] = _top_first(similarities[tied], values[tied, num - 1], num)
-    indices = indices.sort(dim=1).values
+    if num:
+        tied = values[:, num] == values[:, num - 1]  # topk took any of several equals
+        if tied.any():
+            indices[tied, :num] = _top_first(similarities[tied], values[tied, num - 1], num)
+    indices = indices[:, :num].sort(dim=1).values
     return Neighbours(similarities.gather(1, indices), indices)
 
 
@@ -114,12 +162,13 @@ def _top_first(similarities: Tensor, least: Tensor, num: int) -> Tensor:
 
 
 def _merge(known: Neighbours, found: Neighbours, num: int) -> Neighbours:
-    """Keep the ``num`` nearest of both; ``known`` stand before ``found`` in the bank."""
-    similarities, order = torch.cat([known.similarities, found.similarities], dim=1).sort(
-        dim=1, descending=True, stable=True
-    )
-    indices = torch.cat([known.indices, found.indices], dim=1)
-    return Neighbours(similarities[:, :num].clone(), indices.gather(1, order[:, :num]))
+    """Keep the ``num`` nearest of both, nearest first; ``known`` stand before ``found`` in the bank."""
+    if not found.indices.shape[1]:
+        return known
+    together = Neighbours(*(torch.cat(parts, dim=1) for parts in zip(known, found, strict=True)))
+    kept = _top(together.similarities, num)
+    similarities, order = kept.similarities.sort(dim=1, descending=True, stable=True)
+    return Neighbours(similarities, together.indices.gather(1, kept.indices.gather(1, order)))
 
 
 def knn_predict(
@@ -129,8 +178,8 @@ def knn_predict(
     *,
     num_neighbours: int = 20,
     temperature: float = 0.1,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 8192,
+    chunk_size: int = 1000,
+    bank_chunk_size: int = 8000,
     device: torch.device | str | None = None,
 ) -> Predictions:
     r"""Classify each query by its nearest bank entries in cosine distance.
@@ -173,8 +222,8 @@ def knn_sweep(
     *,
     neighbours: Sequence[int] = (1, 5, 10, 20, 50, 100, 200),
     temperature: float = 0.1,
-    chunk_size: int = 1024,
-    bank_chunk_size: int = 8192,
+    chunk_size: int = 1000,
+    bank_chunk_size: int = 8000,
     device: torch.device | str | None = None,
 ) -> dict[int, Predictions]:
     """Classify as :func:`knn_predict` does, for several numbers of neighbours, from one search.

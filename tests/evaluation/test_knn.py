@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -160,6 +162,83 @@ def test_of_equally_near_entries_the_first_come_first():
     bank = torch.eye(4).repeat(6, 1)
     found = nearest(torch.eye(4), bank, 3, bank_chunk_size=5)
     assert found.indices.tolist() == [[row, row + 4, row + 8] for row in range(4)]
+
+
+def brute_force(queries, bank, k):
+    """Return the places of the nearest and their cosines, in float64; of equals the first come first."""
+    queries, bank = (each.double() / each.double().norm(dim=1, keepdim=True) for each in (queries, bank))
+    cosines, places = (queries @ bank.T).sort(dim=1, descending=True, stable=True)
+    return cosines[:, :k], places[:, :k]
+
+
+@pytest.mark.parametrize("order", ["as drawn", "farthest first", "nearest first"])
+@pytest.mark.parametrize("bank_chunk_size", [500, 1037, 8000])
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_a_large_bank_is_searched_exactly_with_all_its_draws(k, bank_chunk_size, order):
+    generator = torch.Generator().manual_seed(k)
+    # 16 numbers of 1 and -1: few cosines, none of which is rounded
+    queries, bank = (torch.randint(2, (count, 16), generator=generator) * 2.0 - 1 for count in (33, 3000))
+    if order != "as drawn":
+        bank = bank[(bank @ queries[0]).argsort(descending=order == "nearest first")]
+    found = nearest(queries, bank, k, chunk_size=20, bank_chunk_size=bank_chunk_size)
+    cosines, places = brute_force(queries, bank, k)
+    assert found.indices.equal(places)
+    assert found.similarities.double().equal(cosines)
+
+
+@pytest.mark.parametrize("bank_chunk_size", [700, 8000])
+def test_a_large_bank_of_any_numbers_is_searched_exactly(bank_chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randn(count, 24, generator=generator) for count in (50, 5000))
+    found = nearest(queries, bank, 20, bank_chunk_size=bank_chunk_size)
+    cosines, places = brute_force(queries, bank, 20)
+    assert found.indices.equal(places)
+    torch.testing.assert_close(found.similarities.double(), cosines, rtol=0, atol=1e-6)
+
+
+def test_what_is_no_number_comes_first_and_hides_nothing():
+    generator = torch.Generator().manual_seed(0)
+    query, bank = (torch.randn(count, 8, generator=generator) for count in (1, 2000))
+    bank = bank[brute_force(query, bank, 2000)[1][0]]  # in the later chunks nothing else is near
+    bank[1500] = math.nan
+    assert nearest(query, bank, 5, bank_chunk_size=600).indices.tolist() == [[1500, 0, 1, 2, 3]]
+    nothing = nearest(query * math.nan, bank, 5, bank_chunk_size=600)
+    assert len({place for place in nothing.indices[0].tolist() if 0 <= place < 2000}) == 5
+
+
+def test_float32_is_multiplied_as_such_whatever_the_training_allows():
+    queries, bank, _ = random_data(
+        num_bank=1000, num_queries=1000, dim=512
+    )  # small ones are never multiplied otherwise
+    expected = nearest(queries, bank, 5)
+    torch.set_float32_matmul_precision("medium")  # on a CPU that has it: bfloat16
+    try:
+        found = nearest(queries, bank, 5)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.similarities.equal(expected.similarities)
+
+
+PEAK = """
+import resource, torch
+from mlflow_ssl.evaluation.knn import nearest
+torch.set_num_threads(1)
+bank = torch.empty(200_000, 128, dtype=torch.half)  # 51 MB; 102 as float32
+for part in bank.split(1000):  # so that making it takes no more memory than it has
+    part.copy_(torch.randn(part.shape))
+nearest(bank[:64], bank[:64], 20)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+found = nearest(bank[:2000], bank, 20)  # 1,600 MB of similarities
+assert (found.indices[:, 0] == torch.arange(2000)).all()
+print(peak() - before)
+"""
+
+
+def test_the_memory_of_a_search_does_not_grow_with_the_bank():
+    done = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 100  # MiB
 
 
 def test_a_sweep_is_one_vote_after_the_other():
