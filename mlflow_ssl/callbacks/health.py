@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from mlflow_ssl.callbacks.divergence import LossWatch, check_weights, diverged
-from mlflow_ssl.callbacks.embeddings import is_query_loader
+from mlflow_ssl.callbacks.embeddings import Embeddings, batch_number, batch_rows, is_query_loader, num_batches
 from mlflow_ssl.callbacks.monitors import check_monitor
-from mlflow_ssl.datasets.bad_images import BAD_LABEL
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.health import alignment, deviation_per_dimension, mean_cosine, rankme, uniformity
 from mlflow_ssl.evaluation.verdict import Reading, Verdict, judge
@@ -79,7 +78,7 @@ class Health(Callback):
         self.verdict: Verdict | None = None
         self.history: list[Reading] = []
         self.stopped: str | None = None
-        self._kept: list[Tensor] = []
+        self._kept = Embeddings()
         self._measured: dict[str, Any] | None = None
         self._losses = LossWatch()
         self._separate_batchnorm = False
@@ -122,7 +121,7 @@ class Health(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._kept = []
+        self._kept = Embeddings()
         self._measured = None
         self._losses.check(trainer)
 
@@ -137,17 +136,16 @@ class Health(Callback):
     ) -> None:
         """Keep some of the embeddings of a batch of validation images."""
         if is_query_loader(trainer, dataloader_idx):
-            batches: Any = trainer.num_val_batches
-            share = even_share(self.max_images, int(batches[dataloader_idx]), batch_idx)
-            good = outputs[batch[1] != BAD_LABEL]
-            self._kept.append(good[:share].float())
+            batches = num_batches(trainer, dataloader_idx)
+            share = even_share(self.max_images, batches, batch_number(trainer, dataloader_idx, batch_idx))
+            self._kept.add(0, outputs, batch[1], batch_rows(trainer, dataloader_idx, batch_idx), most=share)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the embeddings say."""
-        kept, self._kept = self._kept, []
-        if not kept or trainer.sanity_checking:
+        kept, self._kept = self._kept, Embeddings()
+        if not kept.parts or trainer.sanity_checking:
             return
-        embeddings = torch.cat(kept)
+        embeddings = kept.take_one(0).of_all_processes(pl_module.device).embeddings.to(pl_module.device)
         if not bool(embeddings.isfinite().all()):
             place = f"at step {trainer.global_step}, of validation images"
             raise diverged("the embeddings", "NaN or infinity", place, trainer)

@@ -1,14 +1,18 @@
 """Accuracy of the nearest neighbours, before, during and after training."""
 
 import logging
+import math
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated, Gathered, has_bank
+from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated, Gathered, batch_rows, has_bank
+from mlflow_ssl.callbacks.sharing import shared_nearest
 from mlflow_ssl.datamodules import SSLDataModule
-from mlflow_ssl.evaluation.knn import accuracy, knn_predict
+from mlflow_ssl.evaluation.knn import accuracy, vote
 from mlflow_ssl.evaluation.linear import linear_accuracy
+from mlflow_ssl.processes import joined
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,8 @@ class KNNEvaluation(Callback):
         ValueError: if ``max_bank`` is less than ``num_neighbours``.
 
     Attributes:
-        evaluated: what the last evaluation was made of, for other callbacks to look at until the next stage begins.
+        evaluated: what the last evaluation was made of, for other callbacks to look at until the next stage begins; in
+            the first process only.
     """
 
     def __init__(self, num_neighbours: int = 20, temperature: float = 0.1, max_bank: int | None = None) -> None:
@@ -96,7 +101,8 @@ class KNNEvaluation(Callback):
     ) -> None:
         """Keep a batch of embeddings."""
         if has_bank(trainer):
-            self._embeddings.add(dataloader_idx, outputs, batch[1])
+            rows = batch_rows(trainer, dataloader_idx, batch_idx)
+            self._embeddings.add(dataloader_idx, outputs, batch[1], rows)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -106,35 +112,46 @@ class KNNEvaluation(Callback):
             return
         gathered = self._embeddings.take()
         if not trainer.sanity_checking:  # a few batches are no bank
-            self._val_acc = self._log_votes(pl_module, "val_acc", *gathered)
+            self._evaluate(pl_module.device, *gathered)
+            self._val_acc = self._log_votes(trainer, pl_module, "val_acc")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the accuracy on the test split, of neighbours and of a linear classifier."""
         if not has_bank(trainer):
             return
-        bank, queries = self._embeddings.take()
-        self._log_votes(pl_module, "test_acc", bank, queries)
-        linear = linear_accuracy(bank.embeddings, bank.labels, queries.embeddings, queries.labels)
-        pl_module.log("test_acc_linear", linear)
+        self._evaluate(pl_module.device, *self._embeddings.take())
+        self._log_votes(trainer, pl_module, "test_acc")
+        linear, kept = math.nan, self.evaluated
+        if kept:
+            linear = linear_accuracy(kept.bank, kept.labels, kept.queries, kept.truth)
+        pl_module.log("test_acc_linear", trainer.strategy.broadcast(linear))
 
-    def _log_votes(self, pl_module: LightningModule, name: str, bank: Gathered, queries: Gathered) -> float:
-        votes = knn_predict(
-            queries.embeddings,
-            bank.embeddings,
-            bank.labels,
-            num_neighbours=self.num_neighbours,
-            temperature=self.temperature,
-        )
+    def _evaluate(self, device: torch.device, bank: Gathered, queries: Gathered) -> None:
+        """Gather what the processes have, and vote, in the first process."""
+        queries = queries.of_all_processes(device)
+        rows = joined(bank.rows, device).sort().values
+        found = shared_nearest(queries, bank, rows, self.num_neighbours, device=device)
+        bank = bank.of_all_processes(device, everywhere=False)
+        if not len(bank.rows):
+            return
+        votes = vote(found, bank.labels, temperature=self.temperature)
         self.evaluated = Evaluated(
             bank.embeddings,
             bank.labels,
             queries.embeddings,
             queries.labels,
             votes.majority,
+            votes.weighted,
             bank_rows=bank.rows,
             query_rows=queries.rows,
         )
-        majority = accuracy(votes.majority, queries.labels)
+
+    def _log_votes(self, trainer: Trainer, pl_module: LightningModule, name: str) -> float:
+        """Log the accuracies, the same in all processes."""
+        majority, weighted, kept = math.nan, math.nan, self.evaluated
+        if kept:
+            majority, weighted = (accuracy(votes, kept.truth) for votes in (kept.predicted, kept.predicted_weighted))
+        majority, weighted = trainer.strategy.broadcast((majority, weighted))
         pl_module.log(name, majority, prog_bar=True)
-        pl_module.log(f"{name}_weighted", accuracy(votes.weighted, queries.labels))
+        pl_module.log(f"{name}_weighted", weighted)
         return majority

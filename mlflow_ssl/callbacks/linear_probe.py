@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from mlflow_ssl.callbacks.embeddings import has_bank, is_query_loader
+from mlflow_ssl.callbacks.embeddings import batch_rows, counting, has_bank, is_query_loader
+from mlflow_ssl.processes import agree_on_buffers
 
 
 class LinearProbe(Callback):
@@ -109,8 +110,10 @@ class LinearProbe(Callback):
     # the validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Begin to count, in all processes with one classifier."""
         self._right = self._asked = 0
+        if self._classifier is not None:
+            agree_on_buffers(self._classifier)
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -125,13 +128,17 @@ class LinearProbe(Callback):
         """Classify the embeddings of a batch."""
         if self._classifier is None or not has_bank(trainer) or not is_query_loader(trainer, dataloader_idx):
             return
-        known = batch[1] >= 0
+        known = (batch[1] >= 0) & counting(batch[1], batch_rows(trainer, dataloader_idx, batch_idx))
         with torch.autocast(outputs.device.type, enabled=False):
             predicted = self._classifier.eval()(outputs[known].float()).argmax(1)
         self._right += int((predicted == batch[1][known]).sum())
         self._asked += int(known.sum())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracy."""
-        if self._asked and not trainer.sanity_checking:
-            pl_module.log("val_acc_linear", self._right / self._asked)
+        """Log the accuracy on the images of all processes."""
+        if self._classifier is None or trainer.sanity_checking:
+            return
+        counts = torch.tensor([self._right, self._asked], device=pl_module.device)
+        right, asked = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if asked:
+            pl_module.log("val_acc_linear", right / asked)

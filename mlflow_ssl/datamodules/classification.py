@@ -26,6 +26,7 @@ from mlflow_ssl.datasets.sources.parts import open_reader
 from mlflow_ssl.datasets.splits import check_sizes
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.processes import rank_and_world_size
 from mlflow_ssl.transforms import apply, to_tensor
 
 if TYPE_CHECKING:
@@ -334,9 +335,10 @@ class ClassificationDataModule(LightningDataModule):
 
     def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
         plan = self._plan_loading()
+        if "batch_sampler" not in kwargs:
+            kwargs["batch_size"] = self.batch_size
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
             num_workers=plan.workers,
             prefetch_factor=plan.prefetch,
             persistent_workers=persistent and plan.workers > 0,
@@ -402,10 +404,3 @@ class ClassificationDataModule(LightningDataModule):
 
 def _strings(words: Sequence[str] | str | None) -> list[str] | None:
     return [words] if isinstance(words, str) else list(words) if words is not None else None
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Return the number of this process, and how many the training has."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

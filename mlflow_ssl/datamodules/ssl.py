@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mlflow_ssl.datamodules.classification import ClassificationDataModule, rank_and_world_size
+from mlflow_ssl.datamodules.classification import ClassificationDataModule
 from mlflow_ssl.datamodules.loading import collate
 from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
-from mlflow_ssl.datasets.sampler import Key
+from mlflow_ssl.datasets.sampler import DealtBatches, Key
 from mlflow_ssl.datasets.sources.shards import ShardSource
 from mlflow_ssl.datasets.splits import SPLITS, deal, sample
 from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
 from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.processes import rank_and_world_size
 from mlflow_ssl.transforms import apply
 
 QUERY_SHARE = 0.3
@@ -35,6 +36,7 @@ class SSLDataModule(ClassificationDataModule):
     Training batches are ``((view_1, view_2), labels)``. Validation and test have two loaders each, of
     ``(images, labels)``: first the bank, which is the training images through the validation transform, then the
     images to classify. Where the images are not of two classes at least, there is one loader, of the split's images.
+    Each process of a training has a part of them, see `mlflow_ssl.datasets.sampler.DealtBatches`.
 
     Args:
         data_path: see `ClassificationDataModule`.
@@ -200,7 +202,12 @@ class SSLDataModule(ClassificationDataModule):
         """Return the loaders of bank and images; that of the images alone where there is no bank."""
         bank: Any = self._datasets["bank"]
         images: Any = self._datasets[split]
-        return [self._loader(part) for part in (bank, images) if len(part)] if len(images) else []
+        rank, world_size = rank_and_world_size()
+        return [
+            self._loader(part, batch_sampler=DealtBatches(len(part), self.batch_size, rank, world_size))
+            for part in (bank, images)
+            if len(part) and len(images)
+        ]
 
     def _bank_and_queries(self) -> tuple[ImageIndex, ImageIndex]:
         bank, queries = self._whole_bank_and_queries()

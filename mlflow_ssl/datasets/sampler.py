@@ -53,3 +53,48 @@ class EpochSampler(Sampler[Key]):
         """Return the images that this process sees in an epoch, in their order."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
         return order[self.rank : len(self) * self.world_size : self.world_size]
+
+
+class DealtBatches(Sampler[list[int]]):
+    """The batches of an evaluation, in the order of the images, dealt to the processes in turn.
+
+    Each image is in one process once, and its batch is the same with any number of processes. Where there are fewer
+    batches than processes, those left empty-handed borrow one: Lightning would have them skip the evaluation, and the
+    others wait for them for ever. What comes of a borrowed batch does not count.
+
+    Args:
+        num_images: size of the data set, at least 1.
+        batch_size: images of a batch; the last may have fewer.
+        rank: number of this process among ``world_size``.
+        world_size: processes that share the evaluation.
+
+    Attributes:
+        num_batches: of all processes together.
+        borrowed: whether this process has borrowed its batch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.num_batches = -(-num_images // batch_size)
+        self.borrowed = rank >= self.num_batches
+        # world_size is more than the batches where one is borrowed: there is no second
+        self._numbers = range(rank % self.num_batches, self.num_batches, world_size)
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process."""
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the images of each batch."""
+        for number in range(len(self)):
+            yield self.rows(number)
+
+    def number(self, number: int) -> int:
+        """Return the number among all batches of one of this process's."""
+        return self._numbers[number]
+
+    def rows(self, number: int) -> list[int]:
+        """Return the images of one of this process's batches."""
+        start = self.number(number) * self.batch_size
+        return list(range(start, min(start + self.batch_size, self.num_images)))

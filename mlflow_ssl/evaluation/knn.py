@@ -66,6 +66,8 @@ def nearest(
     if not 1 <= num_neighbours <= len(bank):
         raise ValueError(f"num_neighbours must be between 1 and the bank size {len(bank)}, got {num_neighbours}")
     device = queries.device if device is None else torch.device(device)
+    if not len(queries):
+        return Neighbours(queries.new_empty(0, num_neighbours).float(), torch.empty(0, num_neighbours).long())
     chunks = torch.split(queries, chunk_size)
     best = [_none_found(len(chunk), device) for chunk in chunks]
     # used again and again: to take fresh memory for each product costs a third of the product
@@ -169,6 +171,45 @@ def _merge(known: Neighbours, found: Neighbours, num: int) -> Neighbours:
     kept = _top(together.similarities, num)
     similarities, order = kept.similarities.sort(dim=1, descending=True, stable=True)
     return Neighbours(similarities, together.indices.gather(1, kept.indices.gather(1, order)))
+
+
+def merge(parts: Sequence[Neighbours], num_neighbours: int) -> Neighbours:
+    """Return the nearest of several searches, each in another part of a bank.
+
+    Args:
+        parts: what was found, their ``indices`` being places in the whole bank; of any number, also of none.
+        num_neighbours: how many are kept.
+
+    Returns:
+        What one search in the whole bank finds: of entries equally near, the one that stands first comes first.
+
+    Example:
+        >>> found = [Neighbours(torch.tensor([[0.9]]), torch.tensor([[3]])), Neighbours(torch.tensor([[0.9, 0.5]]),
+        ...     torch.tensor([[1, 0]]))]
+        >>> merge(found, 2).indices
+        tensor([[1, 3]])
+    """
+    similarities, indices = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    indices, order = indices.sort(dim=1)
+    similarities, order = similarities.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return Neighbours(similarities[:, :num_neighbours], indices.gather(1, order[:, :num_neighbours]))
+
+
+def vote(found: Neighbours, labels: Tensor, *, temperature: float = 0.1, chunk_size: int = 1000) -> Predictions:
+    """Classify queries by all the neighbours that were found, as :func:`knn_predict` does.
+
+    Args:
+        found: from :func:`nearest`.
+        labels: class of each bank entry, shape ``(N,)``, integers from 0.
+        temperature: of the weighted vote, above 0.
+        chunk_size: queries counted at once.
+
+    Raises:
+        ValueError: if ``temperature`` is not above 0.
+    """
+    _check_temperature(temperature)
+    number = found.indices.shape[1]
+    return _vote(found, labels, [number], temperature, chunk_size)[number]
 
 
 def knn_predict(

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlflow_ssl.optimizers import parameter_groups
+from mlflow_ssl.processes import agree_on_buffers
 
 
 class SSLMethod(LightningModule):
@@ -56,6 +57,12 @@ class SSLMethod(LightningModule):
     def embed(self, images: Tensor) -> Tensor:
         """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""
         return self.online.backbone(self.lay_out(images)).float()  # type: ignore[operator, no-any-return]
+
+    def on_validation_start(self) -> None:
+        """Have all processes embed with one network."""
+        agree_on_buffers(self)
+
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the embeddings of a batch; callbacks make metrics of them."""

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from mlflow_ssl.datasets.sampler import EpochSampler
+from mlflow_ssl.datasets.sampler import DealtBatches, EpochSampler
 
 
 @settings(deadline=None)
@@ -93,3 +93,18 @@ def test_batches_of_keys_are_lists_of_pairs():
     batches = list(BatchSampler(EpochSampler(5, seed=0), batch_size=2, drop_last=False))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert all(isinstance(key, tuple) for batch in batches for key in batch)
+
+
+@given(num_images=st.integers(1, 60), batch_size=st.integers(1, 9), world_size=st.integers(1, 5))
+def test_an_evaluation_has_each_image_once_in_the_batches_of_one_process(num_images, batch_size, world_size):
+    alone = DealtBatches(num_images, batch_size)
+    assert [row for batch in alone for row in batch] == list(range(num_images))
+    shares = [DealtBatches(num_images, batch_size, rank, world_size) for rank in range(world_size)]
+    dealt = [batch for share in shares if not share.borrowed for batch in share]
+    assert sorted(dealt) == list(alone)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for share in shares:
+        assert share.num_batches == len(alone)
+        assert 1 <= len(share) == len(list(share))
+        assert list(share) == [share.rows(number) for number in range(len(share))]
+        assert not share.borrowed or next(iter(share)) in list(alone)

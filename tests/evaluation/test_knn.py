@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from mlflow_ssl.evaluation import knn_predict
-from mlflow_ssl.evaluation.knn import accuracy, knn_sweep, nearest
+from mlflow_ssl.evaluation.knn import Neighbours, accuracy, knn_sweep, merge, nearest, vote
 
 
 def random_data(num_bank=60, num_queries=25, dim=8, num_classes=4, seed=0):
@@ -257,3 +257,34 @@ def test_a_sweep_is_one_vote_after_the_other():
 def test_a_sweep_over_nothing_is_refused(neighbours):
     with pytest.raises(ValueError, match=r"^neighbours must name a number between 1 and the bank size 60"):
         knn_sweep(torch.randn(2, 4), torch.randn(60, 4), torch.arange(60) % 5, neighbours=neighbours)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 9))
+def test_what_parts_of_a_bank_have_merges_to_what_the_whole_has(seed, num_parts, k):
+    generator = torch.Generator().manual_seed(seed)
+    # 16 numbers of 1 and -1: many draws, none by rounding
+    queries, bank = (torch.randint(2, (count, 16), generator=generator) * 2.0 - 1 for count in (7, 50))
+    parts = []
+    for number in range(num_parts):
+        places = torch.arange(number, 50, num_parts)
+        found = nearest(queries, bank[places], min(k, len(places)))
+        parts.append(Neighbours(found.similarities, places[found.indices]))
+    merged, whole = merge(parts, k), nearest(queries, bank, k)
+    assert merged.indices.equal(whole.indices)
+    assert merged.similarities.equal(whole.similarities)
+
+
+def test_a_vote_of_the_found_is_the_prediction():
+    queries, bank, labels = random_data()
+    votes = vote(nearest(queries, bank, 7), labels, temperature=0.2)
+    for a, b in zip(votes, knn_predict(queries, bank, labels, num_neighbours=7, temperature=0.2), strict=True):
+        assert a.equal(b)
+    with pytest.raises(ValueError, match=r"^temperature must be above 0, got 0"):
+        vote(nearest(queries, bank, 7), labels, temperature=0)
+
+
+def test_nothing_is_found_for_no_queries():
+    _, bank, _ = random_data()
+    found = nearest(torch.empty(0, 8), bank, 5)
+    assert found.similarities.shape == found.indices.shape == (0, 5)
