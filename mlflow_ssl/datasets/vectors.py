@@ -6,7 +6,7 @@ be made again.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Manifest:
         data_digest: of the images.
         embedding_size: numbers of an embedding, D.
         num_images: in the data set.
+        index: of which ``parts`` the faiss index is, and its ``bytes``, see `mlflow_ssl.datasets.vector_index`.
     """
 
     model_uri: str
@@ -43,6 +44,21 @@ class Manifest:
     data_digest: str
     embedding_size: int
     num_images: int
+    index: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "Manifest":
+        """Return what is in a file.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is no JSON.
+            TypeError: if it holds something else.
+        """
+        manifest = cls(**json.loads(file.read_text()))
+        if not isinstance(manifest.index, dict | None):
+            raise TypeError("index must be a mapping")
+        return manifest
 
     @property
     def num_parts(self) -> int:
@@ -81,11 +97,13 @@ class VectorStore:
                         f"output holds embeddings of {known.model_uri} and {known.data_path} as they were then: "
                         f"{folder}; give another output=FOLDER"
                     )
+                manifest = replace(manifest, index=known.index)
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / MANIFEST, lambda path: path.write_text(json.dumps(asdict(manifest), indent=2) + "\n"))
+            store = cls(folder, manifest)
+            store._write_manifest()
         except OSError as error:
             raise InputError(f"output must be a folder that can be written, got {folder}: {error.strerror}") from error
-        return cls(folder, manifest)
+        return store
 
     @classmethod
     def open(cls, folder: Path) -> "VectorStore":
@@ -95,7 +113,7 @@ class VectorStore:
             InputError: if it is none of embeddings.
         """
         try:
-            return cls(folder, Manifest(**json.loads((folder / MANIFEST).read_text())))
+            return cls(folder, Manifest.read(folder / MANIFEST))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{folder} holds no embeddings; `embed` writes such a folder") from error
 
@@ -123,7 +141,7 @@ class VectorStore:
                 "embedding": vectors,
             }
         )
-        _replace(self._file(part), lambda path: pq.write_table(table, path, compression="zstd"))
+        replace_file(self._file(part), lambda path: pq.write_table(table, path, compression="zstd"))
 
     def read(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts, in order.
@@ -137,10 +155,42 @@ class VectorStore:
                 "run embed again with the same words"
             )
         for part in range(self.manifest.num_parts):
+            yield self.part(part, columns)
+
+    def part(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """Return a part.
+
+        Raises:
+            InputError: if it is broken, or not there.
+        """
+        try:
+            return pq.read_table(self._file(number), columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self._file(number)} cannot be read; remove it, and run embed again") from error
+
+    def part_sizes(self) -> list[list[int]]:
+        """Return rows and bytes of each part, by which another is told from it.
+
+        Raises:
+            InputError: if a part is missing, or broken.
+        """
+        sizes = []
+        for number in range(self.manifest.num_parts):
+            file = self._file(number)
             try:
-                yield pq.read_table(self._file(part), columns=columns)
+                sizes.append([pq.read_metadata(file).num_rows, file.stat().st_size])
             except (OSError, pa.ArrowException) as error:
-                raise InputError(f"{self._file(part)} cannot be read; remove it, and run embed again") from error
+                raise InputError(f"{file} cannot be read; remove it, and run embed again") from error
+        return sizes
+
+    def name_index(self, index: dict[str, Any]) -> None:
+        """Name the faiss index in the manifest."""
+        self.manifest = replace(self.manifest, index=index)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        words = json.dumps(asdict(self.manifest), indent=2) + "\n"
+        replace_file(self.folder / MANIFEST, lambda path: path.write_text(words))
 
     def _file(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.parquet"
@@ -153,7 +203,8 @@ def vectors(part: pa.Table) -> npt.NDArray[np.float32]:
     return flat.reshape(len(part), -1)
 
 
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, and put it there when it is whole."""
     scratch = file.with_name(f".{file.name}.part")
     write(scratch)
     scratch.replace(file)

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from mlflow_ssl.datamodules.loading import free_memory, nbytes, plan_loading, us
 from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImageList
 from mlflow_ssl.datasets.image import ImageDataset
 from mlflow_ssl.datasets.progress import Counting
-from mlflow_ssl.datasets.vectors import BAD_IMAGES, Manifest, VectorStore
+from mlflow_ssl.datasets.vector_index import INDEX, build_index, check_faiss
+from mlflow_ssl.datasets.vectors import BAD_IMAGES, MANIFEST, Manifest, VectorStore
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.tracking.embedder import Embedder, open_embedder
 from mlflow_ssl.tracking.report import log_report
@@ -27,8 +30,10 @@ from mlflow_ssl.tracking.report import log_report
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
-OWN = ("model_uri", "output", "device")
+OWN = ("model_uri", "output", "index", "upload", "device")
 """Words that are not the datamodule's."""
+UPLOADED = 2**30
+"""Bytes of embeddings that a run gets without being told to."""
 
 
 def embed(words: Sequence[str]) -> VectorStore:
@@ -36,13 +41,21 @@ def embed(words: Sequence[str]) -> VectorStore:
 
     Args:
         words: ``model_uri``; ``data_path`` and whatever else a training tells its datamodule; ``output``, by default a
-            folder below ``outputs/embeddings`` that is named by network and data; and ``device``.
+            folder below ``outputs/embeddings`` that is named by network and data; ``index=true`` for a faiss index
+            beside them; ``upload``, whether the run that ``mlflow run`` has opened gets them: ``true``, ``false``, or
+            ``auto`` for up to a gigabyte; and ``device``.
 
     Raises:
         InputError: if network or data are not there, or ``output`` holds something else.
     """
     began = time.monotonic()
     given, overrides = split_words(words, own=OWN)
+    indexed = _chosen(given, "index", (True, False), default=False)
+    upload = _chosen(given, "upload", (True, False, "auto"), default="auto")
+    if indexed:
+        check_faiss()
+    if upload is True and "MLFLOW_RUN_ID" not in os.environ:
+        raise InputError("upload=true needs a run that gets the embeddings, which `mlflow run . -e embed` opens")
     embedder = open_embedder(required(given, "model_uri"), device=str(given.get("device", "auto")))
     datamodule = open_data(overrides)
     store = _open_store(given.get("output"), embedder, datamodule)
@@ -52,8 +65,21 @@ def embed(words: Sequence[str]) -> VectorStore:
         images.bad_images.start(datamodule.bad_images)
     known = store.manifest.num_parts - len(store.missing)
     fill(store, embedder, images, datamodule)
-    _report(store, time.monotonic() - began, known=known)
+    if indexed:
+        build_index(store)
+    seconds = time.monotonic() - began
+    _report(store, seconds, known=known, indexed=indexed)
+    _log(store, seconds, upload=upload)
     return store
+
+
+def _chosen(given: Mapping[str, Any], key: str, choices: Sequence[Any], *, default: Any) -> Any:
+    """Return a word that is one of a few."""
+    value = given.get(key, default)
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        names = " or ".join(str(choice).lower() if isinstance(choice, bool) else choice for choice in choices)
+        raise InputError(f"{key} must be {names}, got {value}")
+    return value
 
 
 def open_data(overrides: Sequence[str]) -> ClassificationDataModule:
@@ -158,9 +184,9 @@ def _loader(images: ImageDataset, batches: list[range]) -> DataLoader[Any]:
     )
 
 
-def _report(store: VectorStore, seconds: float, *, known: int) -> None:
+def _report(store: VectorStore, seconds: float, *, known: int, indexed: bool) -> None:
     manifest = store.manifest
-    embedded = sum(len(part) for part in store.read(["label"]))
+    embedded = num_embedded(store)
     lost = manifest.num_images - embedded
     lines = [
         f"embedded   {embedded:,} images, {manifest.embedding_size} numbers each, in {seconds:.0f} s"
@@ -168,13 +194,38 @@ def _report(store: VectorStore, seconds: float, *, known: int) -> None:
         *([f"left out   {lost:,} images that cannot be read"] if lost else []),
         f"network    {manifest.model_uri}",
         f"output     {store.folder}",
+        *([f"index      {store.folder / INDEX}"] if indexed else []),
         "load",
         "  import pandas",
         f"  table = pandas.read_parquet({str(store.folder)!r})",
     ]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _log(store: VectorStore, seconds: float, *, upload: bool | str) -> None:
+    """Log to the run that ``mlflow run`` has opened: the embeddings, or where they are."""
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
-    if run_id:
-        metrics = {"embed/images": embedded, "embed/images_per_second": embedded / max(seconds, 1e-9)}
-        tags = {"model_uri": manifest.model_uri, "data.digest": manifest.data_digest}
+    if not run_id:
+        return
+    manifest, count = store.manifest, num_embedded(store)
+    metrics = {"embed/images": count, "embed/images_per_second": count / max(seconds, 1e-9)}
+    tags = {
+        "model_uri": manifest.model_uri,
+        "data.digest": manifest.data_digest,
+        "embeddings.path": str(store.folder.resolve()),
+    }
+    size = sum(file.stat().st_size for file in store.folder.iterdir() if file.is_file())
+    if upload is True or (upload == "auto" and size <= UPLOADED):
         log_report(run_id, store.folder, metrics=metrics, tags=tags, artifact_path="embeddings")
+        return
+    if upload == "auto":
+        log.warning("the run gets no embeddings, as they are %.1f GB; add upload=true for all the same", size / 1e9)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (MANIFEST, BAD_IMAGES):
+            shutil.copyfile(store.folder / name, Path(scratch, name))
+        log_report(run_id, Path(scratch), metrics=metrics, tags=tags, artifact_path="embeddings")
+
+
+def num_embedded(store: VectorStore) -> int:
+    """Return how many images are in a store."""
+    return sum(rows for rows, _ in store.part_sizes())

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mlflow_ssl.datasets.decode import DecodeError, decode
+from mlflow_ssl.datasets.vector_index import ask, open_index
 from mlflow_ssl.datasets.vectors import VectorStore, vectors
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.knn import nearest
@@ -63,7 +65,27 @@ def search(words: Sequence[str]) -> list[list[dict[str, Any]]]:
 
 
 def nearest_images(store: VectorStore, queries: Tensor, count: int) -> list[list[dict[str, Any]]]:
-    """Return the nearest images of each query ``(Q, D)``, reading the store a part at a time."""
+    """Return the nearest images of each query ``(Q, D)``, by the store's faiss index or, without one, part by part."""
+    index = open_index(store)
+    return _by_scan(store, queries, count) if index is None else _by_index(store, index, queries, count)
+
+
+def _by_index(store: VectorStore, index: Any, queries: Tensor, count: int) -> list[list[dict[str, Any]]]:
+    similarities, rows = ask(index, queries.numpy(), count)
+    starts = np.cumsum([0, *(size for size, _ in store.part_sizes())])
+    parts = np.searchsorted(starts, rows, side="right") - 1
+    columns = ["path", "class_name"]
+    there = {part: store.part(part, columns).to_pylist() for part in np.unique(parts).tolist()}
+    return [
+        [
+            {**there[part][row - starts[part]], "similarity": similarity}
+            for similarity, part, row in zip(*of_query, strict=True)
+        ]
+        for of_query in zip(similarities.tolist(), parts.tolist(), rows.tolist(), strict=True)
+    ]
+
+
+def _by_scan(store: VectorStore, queries: Tensor, count: int) -> list[list[dict[str, Any]]]:
     best: pa.Table | None = None
     for part in store.read():
         found = nearest(queries, torch.from_numpy(vectors(part).copy()), min(count, len(part))) if len(part) else None

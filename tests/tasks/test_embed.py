@@ -10,9 +10,11 @@ from packages import package, tiny_network
 
 from mlflow_ssl.cli import main
 from mlflow_ssl.datasets import vectors
+from mlflow_ssl.datasets.vector_index import INDEX
 from mlflow_ssl.datasets.vectors import VectorStore
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.tasks.embed import embed
+from mlflow_ssl.tasks.search import search
 from mlflow_ssl.tracking.embedder import Embedder, open_embedder
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy warn about themselves
@@ -120,15 +122,27 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(model, images, tmp_p
         (["model_uri=nowhere", "data_path=x"], "model_uri must be a registered model or a folder, got nowhere"),
         (["model_uri={model}"], "data_path must be given; add data_path=FOLDER"),
         (["model_uri={model}", "data_path=x"], "data_path"),
-        (["model_uri={images}", "data_path={images}"], "model_uri must be a network that this project registered"),
+        (
+            ["model_uri={images}", "data_path={images}"],
+            "model_uri must be a network that this project registered",
+        ),
         (["model_uri={model}", "data_path={images}", "device=abacus"], "device must be auto or one that is here"),
         (["model_uri={model}", "data_path={images}", "colour=red"], "colour"),
+        (
+            ["model_uri={model}", "data_path={images}", "upload=maybe"],
+            "upload must be true or false or auto, got maybe",
+        ),
+        (
+            ["model_uri={model}", "data_path={images}", "upload=true"],
+            "upload=true needs a run that gets the embeddings",
+        ),
+        (["model_uri={model}", "data_path={images}", "index=1"], "index must be true or false, got 1"),
     ],
 )
 def test_mistakes_get_one_line(store, model, images, capsys, given, message):
     assert main(["embed", *(word.format(model=model, images=images) for word in given)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert message in line
+    assert message.format(images=images) in line
 
 
 def test_a_launched_run_holds_the_embeddings(store, model, images, monkeypatch):
@@ -141,6 +155,41 @@ def test_a_launched_run_holds_the_embeddings(store, model, images, monkeypatch):
     folder = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="embeddings")
     assert len(pandas.read_parquet(folder)) == 26
     assert json.loads(Path(folder, vectors.MANIFEST).read_text())["num_images"] == 26
+
+
+def test_an_index_is_written_beside_the_embeddings_and_asked(model, images, tmp_path, capsys, small_parts):
+    pytest.importorskip("faiss")
+    plain = embed(words(model, images, f"output={tmp_path / 'out'}"))
+    query = [f"embeddings={plain.folder}", f"image={images / 'dog' / '004.png'}", "neighbours=4"]
+    (exact,) = search(query)
+    embed(words(model, images, f"output={tmp_path / 'out'}", "index=true"))  # of what is there already
+    assert f"index      {plain.folder / INDEX}\n" in capsys.readouterr().out
+    (found,) = search(query)
+    assert [row["path"] for row in found] == [row["path"] for row in exact]
+    (plain.folder / INDEX).write_bytes(b"something else")
+    with pytest.raises(InputError, match=r"is stale: .*; run embed again with index=true, or remove it$"):
+        search(query)
+
+
+@pytest.mark.parametrize("word", ["upload=false", "upload=auto"])
+def test_a_run_is_told_where_embeddings_are_that_it_does_not_get(store, model, images, monkeypatch, tmp_path, word):
+    monkeypatch.setattr("mlflow_ssl.tasks.embed.UPLOADED", 100)
+    run_id = store.create_run(store.create_experiment("here")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    assert main(["embed", *words(model, images, f"output={tmp_path / 'out'}", word)]) == 0
+    run = store.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["embeddings.path"] == str(tmp_path / "out")
+    names = {file.path for file in store.list_artifacts(run_id, "embeddings")}
+    assert names == {f"embeddings/{vectors.MANIFEST}", f"embeddings/{vectors.BAD_IMAGES}"}
+
+
+def test_a_run_gets_large_embeddings_when_it_shall(store, model, images, monkeypatch, tmp_path):
+    monkeypatch.setattr("mlflow_ssl.tasks.embed.UPLOADED", 100)
+    run_id = store.create_run(store.create_experiment("here")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    embed(words(model, images, f"output={tmp_path / 'out'}", "upload=true"))
+    assert len(pandas.read_parquet(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/embeddings"))) == 26
 
 
 def test_an_alias_is_resolved_once(store, model):
