@@ -43,6 +43,9 @@ Embed a data set with a registered network; find an image's nearest in it; find 
   python -m mlflow_ssl duplicates embeddings=FOLDER [threshold=0.98] [report=FOLDER]
   mlflow run . -e embed|search|duplicates -P KEY=VALUE ...
 
+evaluate, embed and search take networks of others, too: add trust_model=true, as loading one runs its code, and
+input_size=224 'mean=[R,G,B]' 'std=[R,G,B]' where the model does not say so. embed index=true adds a faiss index.
+
 KEY=VALUE is a Hydra override; --KEY VALUE says the same. Experiments:
 """
 

@@ -35,6 +35,7 @@ class Manifest:
         data_digest: of the images.
         embedding_size: numbers of an embedding, D.
         num_images: in the data set.
+        preprocessing: of images for a network that this project did not register; None where it brings its own.
         index: of which ``parts`` the faiss index is, and its ``bytes``, see `mlflow_ssl.datasets.vector_index`.
     """
 
@@ -44,6 +45,7 @@ class Manifest:
     data_digest: str
     embedding_size: int
     num_images: int
+    preprocessing: dict[str, Any] | None = None
     index: dict[str, Any] | None = None
 
     @classmethod
@@ -56,8 +58,8 @@ class Manifest:
             TypeError: if it holds something else.
         """
         manifest = cls(**json.loads(file.read_text()))
-        if not isinstance(manifest.index, dict | None):
-            raise TypeError("index must be a mapping")
+        if not all(isinstance(each, dict | None) for each in (manifest.preprocessing, manifest.index)):
+            raise TypeError("preprocessing and index must be mappings")
         return manifest
 
     @property

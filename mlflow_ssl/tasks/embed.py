@@ -25,12 +25,15 @@ from mlflow_ssl.datasets.vector_index import INDEX, build_index, check_faiss
 from mlflow_ssl.datasets.vectors import BAD_IMAGES, MANIFEST, Manifest, VectorStore
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.tracking.embedder import Embedder, open_embedder
+from mlflow_ssl.tracking.preprocessing import Preprocessing
 from mlflow_ssl.tracking.report import log_report
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
-OWN = ("model_uri", "output", "index", "upload", "device")
+OF_MODELS = ("device", "trust_model", "input_size", "mean", "std")
+"""Words about opening networks."""
+OWN = ("model_uri", "output", "index", "upload", *OF_MODELS)
 """Words that are not the datamodule's."""
 UPLOADED = 2**30
 """Bytes of embeddings that a run gets without being told to."""
@@ -43,7 +46,7 @@ def embed(words: Sequence[str]) -> VectorStore:
         words: ``model_uri``; ``data_path`` and whatever else a training tells its datamodule; ``output``, by default a
             folder below ``outputs/embeddings`` that is named by network and data; ``index=true`` for a faiss index
             beside them; ``upload``, whether the run that ``mlflow run`` has opened gets them: ``true``, ``false``, or
-            ``auto`` for up to a gigabyte; and ``device``.
+            ``auto`` for up to a gigabyte; and those of `open_network`.
 
     Raises:
         InputError: if network or data are not there, or ``output`` holds something else.
@@ -56,7 +59,7 @@ def embed(words: Sequence[str]) -> VectorStore:
         check_faiss()
     if upload is True and "MLFLOW_RUN_ID" not in os.environ:
         raise InputError("upload=true needs a run that gets the embeddings, which `mlflow run . -e embed` opens")
-    embedder = open_embedder(required(given, "model_uri"), device=str(given.get("device", "auto")))
+    embedder = open_network(required(given, "model_uri"), given)
     datamodule = open_data(overrides)
     store = _open_store(given.get("output"), embedder, datamodule)
     images = datamodule.all_images(embedder.transform)
@@ -71,6 +74,23 @@ def embed(words: Sequence[str]) -> VectorStore:
     _report(store, seconds, known=known, indexed=indexed)
     _log(store, seconds, upload=upload)
     return store
+
+
+def open_network(uri: str, given: Mapping[str, Any]) -> Embedder:
+    """Open a network as words say.
+
+    Args:
+        uri: where it is.
+        given: ``device``; and of a network that this project did not register: ``trust_model=true`` to load it at all,
+            ``input_size``, ``mean`` and ``std`` of the images that it takes.
+
+    Raises:
+        InputError: if there is no such network, or it is not trusted.
+    """
+    trusted = _chosen(given, "trust_model", (True, False), default=False)
+    return open_embedder(
+        uri, device=str(given.get("device", "auto")), said=Preprocessing.of(given), trusted=trusted is True
+    )
 
 
 def _chosen(given: Mapping[str, Any], key: str, choices: Sequence[Any], *, default: Any) -> Any:
@@ -130,6 +150,7 @@ def _open_store(output: Any, embedder: Embedder, datamodule: ClassificationDataM
         data_digest=datamodule.index.digest,
         embedding_size=embedder.embedding_size,
         num_images=len(datamodule.index),
+        preprocessing=embedder.preprocessing.as_dict() if embedder.preprocessing else None,
     )
     named = Path("outputs", "embeddings", f"{manifest.model_digest[:12]}-{manifest.data_digest[:12]}")
     return VectorStore.create(Path(str(output)).expanduser() if output else named, manifest)
@@ -193,6 +214,7 @@ def _report(store: VectorStore, seconds: float, *, known: int, indexed: bool) ->
         + (f"; {known} of {manifest.num_parts} parts were there" if known else ""),
         *([f"left out   {lost:,} images that cannot be read"] if lost else []),
         f"network    {manifest.model_uri}",
+        *([f"images     {Preprocessing.of(manifest.preprocessing)}"] if manifest.preprocessing else []),
         f"output     {store.folder}",
         *([f"index      {store.folder / INDEX}"] if indexed else []),
         "load",

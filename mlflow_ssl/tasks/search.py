@@ -18,12 +18,12 @@ from mlflow_ssl.datasets.vectors import VectorStore, vectors
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.knn import nearest
 from mlflow_ssl.pictures.sheet import Shown, sheet_html
-from mlflow_ssl.tasks.embed import required, split_words
-from mlflow_ssl.tracking.embedder import Embedder, open_embedder
+from mlflow_ssl.tasks.embed import open_network, required, split_words
+from mlflow_ssl.tracking.embedder import Embedder
 from mlflow_ssl.tracking.report import log_report
 from mlflow_ssl.transforms import apply, to_tensor
 
-OWN = ("embeddings", "image", "neighbours", "model_uri", "report", "device")
+OWN = ("embeddings", "image", "neighbours", "model_uri", "report", "device", "trust_model")
 
 
 def search(words: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -32,7 +32,7 @@ def search(words: Sequence[str]) -> list[list[dict[str, Any]]]:
     Args:
         words: ``embeddings``, a folder that `mlflow_ssl.tasks.embed.embed` wrote; ``image``, a file or a list of them;
             ``neighbours``, by default 10; ``report``, a folder for a page that shows them; ``model_uri``, where the
-            network is now; and ``device``.
+            network is now; ``device``; and ``trust_model=true`` for a network that this project did not register.
 
     Returns:
         For each file a list of ``path``, ``class_name`` and ``similarity``, a cosine.
@@ -49,8 +49,9 @@ def search(words: Sequence[str]) -> list[list[dict[str, Any]]]:
         Path(str(file)).expanduser() for file in (asked if isinstance(asked, list) else [required(given, "image")])
     ]
     count = _count(given.get("neighbours", 10))
-    embedder = open_embedder(
-        str(given.get("model_uri") or store.manifest.model_uri), device=str(given.get("device", "auto"))
+    # of the images what was said then; whether to trust is said each time
+    embedder = open_network(
+        str(given.get("model_uri") or store.manifest.model_uri), {**(store.manifest.preprocessing or {}), **given}
     )
     if embedder.digest != store.manifest.model_digest:
         raise InputError(

@@ -1,12 +1,11 @@
 """A registered network as what it is for: pictures in, embeddings out.
 
-Only networks of this project are opened: a TorchScript file and a transform in plain words, of which nothing is
-unpickled. What another model gives is for the MLflow evaluator.
+A network of this project is a TorchScript file and a transform in plain words, of which nothing is unpickled. Those of
+others are for `mlflow_ssl.tracking.foreign`, and opened only where the user trusts them.
 """
 
-import copy
 import hashlib
-import math
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +19,13 @@ from mlflow.models import Model
 from torch import Tensor
 
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.evaluation.untrained import untrained_copy
 from mlflow_ssl.export import load_torchscript
+from mlflow_ssl.tracking.foreign import open_foreign
 from mlflow_ssl.tracking.opening import check_answers
+from mlflow_ssl.tracking.preprocessing import Preprocessing
+
+log = logging.getLogger(__name__)
 
 NETWORK = Path("data", "model.pth")
 
@@ -35,8 +39,9 @@ class Embedder:
         digest: of the network and its transform, 32 hexadecimal digits.
         embedding_size: numbers of an embedding, D.
         transform: of albumentations, its random state its own; None where there is none.
-        network: TorchScript, on `device`.
+        network: TorchScript, or a network of others, on `device`.
         device: where it runs.
+        preprocessing: of a network of others; None for ours, which brings its own.
     """
 
     uri: str
@@ -45,63 +50,78 @@ class Embedder:
     transform: Any
     network: Any = field(repr=False)
     device: torch.device
+    preprocessing: Preprocessing | None = None
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
         """Return the embeddings ``(B, D)``, float32 on the host, of transformed images ``(B, 3, H, W)``."""
-        images = images.to(self.device, non_blocking=True)
-        unit = images * self.network.std + self.network.mean  # it normalizes itself
-        embeddings: Tensor = self.network(unit)
+        # they are normalized already, and of a classifier the embeddings are asked for
+        embeddings: Tensor = self.network.backbone(images.to(self.device, non_blocking=True))
         return embeddings.float().cpu()
 
-    @torch.no_grad()
-    def untrained(self, *, seed: int = 0) -> "Embedder":
+    def untrained(self, *, seed: int = 0) -> "Embedder | None":
         """Return the same network with weights drawn anew: what its shape alone is worth.
 
-        Matrices and kernels are He et al.'s, arXiv:1502.01852, eq. 10; scales are 1, shifts 0, and normalizations have
-        seen nothing.
+        Returns:
+            None where there are no weights to draw: of a service, or of what cannot be copied.
         """
-        network = copy.deepcopy(self.network)
-        generator = torch.Generator().manual_seed(seed)
-        for name, values in network.backbone.state_dict().items():
-            values.copy_(_drawn(name, values, generator))
+        if next(self.network.parameters(), None) is None:
+            return None
+        try:
+            network = untrained_copy(self.network, seed=seed)
+        except Exception as error:  # a module of others may refuse to be copied in any way
+            log.debug("no untrained network: %s", error)
+            return None
         return replace(self, uri="untrained", digest="", network=network)
 
 
-def _drawn(name: str, values: Tensor, generator: torch.Generator) -> Tensor:
-    if not values.is_floating_point():  # counters
-        return torch.zeros_like(values)
-    if values.ndim > 1:
-        fan_in = max(values[0].numel(), 1)
-        drawn: Tensor = torch.randn(values.shape, generator=generator) * math.sqrt(2 / fan_in)
-        return drawn
-    scale = name.endswith(("weight", "running_var", "gamma"))
-    return torch.ones_like(values) if scale else torch.zeros_like(values)
-
-
-def open_embedder(model_uri: str, *, device: str = "auto") -> Embedder:
-    """Load a network that was registered by this project.
+def open_embedder(
+    model_uri: str, *, device: str = "auto", said: Preprocessing | None = None, trusted: bool = False
+) -> Embedder:
+    """Load a network, of this project or, where that is trusted, of others.
 
     Args:
         model_uri: as MLflow has it: ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``runs:/...`` or a folder.
         device: ``auto`` takes a GPU where there is one.
+        said: what the user says of images that a network of others takes.
+        trusted: whether to load a network of others, which runs its code.
 
     Raises:
-        InputError: if there is no such model, it is not one of ours, or there is no such device.
+        InputError: if there is no such model, it is not one of ours and not trusted, or there is no such device.
     """
     uri = resolved(model_uri)
     folder = _download(uri)
+    place = _device(device)
     try:
         description = Model.load(folder)
+    except (MlflowException, OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"model_uri must be an MLflow model, got {model_uri}, which has no MLmodel to read") from error
+    ours = _open_ours(folder, description, uri, place)
+    if ours is not None:
+        return ours
+    foreign = open_foreign(folder, description, uri, said=said or Preprocessing(), trusted=trusted, device=place)
+    return Embedder(
+        uri,
+        foreign.digest,
+        foreign.embedding_size,
+        foreign.transform,
+        foreign.network,
+        place,
+        foreign.preprocessing,
+    )
+
+
+def _open_ours(folder: Path, description: Model, uri: str, device: torch.device) -> Embedder | None:
+    """Return a network that this project registered; None for another."""
+    try:
         card, config = description.metadata or {}, description.flavors["python_function"]["config"]
         size, transform = int(card["embedding_size"]), config["transform"]
         network = load_torchscript(folder / NETWORK)
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, MlflowException) as error:
-        raise InputError(f"model_uri must be a network that this project registered, got {model_uri}") from error
-    place = _device(device)
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError):
+        return None
     digest = hashlib.blake2b((folder / NETWORK).read_bytes(), digest_size=16)
     digest.update(repr(transform).encode())
-    return Embedder(uri, digest.hexdigest(), size, _built(transform), network.to(place).eval(), place)
+    return Embedder(uri, digest.hexdigest(), size, _built(transform), network.to(device).eval(), device)
 
 
 def resolved(model_uri: str) -> str:

@@ -124,7 +124,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(model, images, tmp_p
         (["model_uri={model}", "data_path=x"], "data_path"),
         (
             ["model_uri={images}", "data_path={images}"],
-            "model_uri must be a network that this project registered",
+            "model_uri must be an MLflow model, got {images}, which has no MLmodel",
         ),
         (["model_uri={model}", "data_path={images}", "device=abacus"], "device must be auto or one that is here"),
         (["model_uri={model}", "data_path={images}", "colour=red"], "colour"),
@@ -137,6 +137,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(model, images, tmp_p
             "upload=true needs a run that gets the embeddings",
         ),
         (["model_uri={model}", "data_path={images}", "index=1"], "index must be true or false, got 1"),
+        (["model_uri={model}", "data_path={images}", "input_size=big"], "input_size must be pixels, such as 224 or"),
     ],
 )
 def test_mistakes_get_one_line(store, model, images, capsys, given, message):

@@ -1,5 +1,6 @@
 import csv
 
+import foreign
 import mlflow
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from mlflow_ssl.cli import main
 from mlflow_ssl.datasets.vectors import vectors
 from mlflow_ssl.tasks.embed import embed
-from mlflow_ssl.tasks.evaluate import PIXELS, UNTRAINED, evaluate
+from mlflow_ssl.tasks.evaluate import PIXELS, UNTRAINED, evaluate, pixel_vectors
 from mlflow_ssl.tracking.embedder import open_embedder
 from mlflow_ssl.tracking.registry import register_package
 
@@ -25,6 +26,12 @@ def packaged(tmp_path_factory):
 @pytest.fixture
 def model(packaged):
     return packaged / "model"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """Return a model that this project did not register."""
+    return foreign.save_pyfunc(tmp_path_factory.mktemp("service") / "model")
 
 
 @pytest.fixture
@@ -96,6 +103,33 @@ def test_another_network_stands_beside_the_first(store, model, images, tmp_path)
     assert result.differences[str(other)]["knn_5"].value == pytest.approx(first - second)
 
 
+def test_a_network_of_others_stands_beside_ours(store, model, images, tmp_path, capsys):
+    folder = foreign.save_exported(tmp_path / "exported", foreign.network())
+    more = ["trust_model=true", "mean=[0.5,0.5,0.5]", "std=[0.2,0.2,0.2]", "baselines=false", "few_labels=false"]
+    result = evaluate(words(model, images, f"against={folder}", *more))
+    assert list(result.scores) == [str(model), str(folder)]
+    assert "exported sees images of 32x32, mean [0.5, 0.5, 0.5], std [0.2, 0.2, 0.2]" in capsys.readouterr().out
+
+
+def test_a_service_of_others_is_measured_without_an_untrained_network(store, images, tmp_path, capsys):
+    folder = foreign.save_pyfunc(tmp_path / "service", inputs=foreign.TEXT)
+    run = ["trust_model=true", "input_size=16", "few_labels=false", f"report={tmp_path / 'report'}"]
+    result = evaluate(words(folder, images, *run))
+    assert set(result.scores) == {str(folder), PIXELS}
+    assert result.first.figures["linear"].value > 0.7  # brightness makes the classes
+    assert "no untrained network beside it: the weights of " in capsys.readouterr().out
+    with (tmp_path / "report" / "differences.csv").open() as file:
+        assert {row["against"] for row in csv.DictReader(file)} == {PIXELS}
+
+
+def test_pixels_of_large_images_are_averaged():
+    picture = torch.rand(2, 3, 64, 96)
+    expected = picture.view(2, 3, 32, 2, 32, 3).mean((3, 5)).flatten(1)
+    torch.testing.assert_close(pixel_vectors(picture), expected)
+    small = torch.rand(2, 3, 8, 8)
+    assert pixel_vectors(small).equal(small.flatten(1))
+
+
 def test_without_labels_the_rank_is_what_there_is(store, model, images):
     result = evaluate(words(model, images, "labels=none", "baselines=false"))
     assert set(result.first.figures) == {"rankme"}
@@ -111,10 +145,13 @@ def test_without_labels_the_rank_is_what_there_is(store, model, images):
             "there are no test and no validation",
         ),
         (["model_uri={model}", "data_path={images}", "against=[models:/no/1]"], "there is no model at models:/no/1"),
+        (["model_uri={other}", "data_path={images}"], "runs its code (it may be unpickled); add trust_model=true"),
+        (["model_uri={other}", "data_path={images}", "trust_model=yes please"], "trust_model must be true or false"),
+        (["model_uri={other}", "data_path={images}", "trust_model=true"], "input_size must be given, as "),
     ],
 )
-def test_mistakes_get_one_line(store, model, images, capsys, given, message):
-    assert main(["evaluate", *(word.format(model=model, images=images) for word in given)]) == 2
+def test_mistakes_get_one_line(store, model, images, service, capsys, given, message):
+    assert main(["evaluate", *(word.format(model=model, images=images, other=service) for word in given)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
     assert not mlflow.search_experiments(filter_string="name = 'evaluation'")  # and no run is left open

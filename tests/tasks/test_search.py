@@ -1,3 +1,4 @@
+import foreign
 import mlflow
 import numpy as np
 import pandas
@@ -84,6 +85,22 @@ def test_another_network_is_refused(embedded, images, tmp_path):
     other = package(tmp_path / "package", resnet(), transform=None) / "model"
     with pytest.raises(InputError, match=r"^model_uri must be the network of the embeddings, "):
         search([f"embeddings={embedded}", f"image={images / 'dog' / '004.png'}", f"model_uri={other}"])
+
+
+def test_a_network_of_others_is_asked_again_as_it_was(images, tmp_path):
+    network = foreign.save_torch(tmp_path / "model", foreign.network())
+    trust = [f"model_uri={network}", "trust_model=true", "input_size=32"]
+    embedded = embed([*trust, f"data_path={images}", f"output={tmp_path / 'out'}"]).folder
+    query = [f"embeddings={embedded}", f"image={images / 'dog' / '004.png'}"]
+    with pytest.raises(InputError, match="add trust_model=true"):
+        search(query)
+    (rows,) = search([*query, "trust_model=true"])  # the size of the images is remembered
+    assert rows[0]["path"] == "dog/004.png"
+    assert rows[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(InputError, match=r"^model_uri must be the network of the embeddings, "):
+        search(
+            [*query, f"model_uri={foreign.save_torch(tmp_path / 'other', foreign.network(seed=1))}", "trust_model=true"]
+        )
 
 
 def test_a_launched_run_holds_the_page(store, embedded, images, monkeypatch):
