@@ -1,5 +1,6 @@
 """Backbones: any timm network, ready to embed."""
 
+import ast
 import difflib
 import logging
 import textwrap
@@ -26,16 +27,18 @@ def build_backbone(
     pretrained: bool = False,
     checkpoint_path: str | None = None,
     small_stem: bool | str = "auto",
+    num_classes: int = 0,
     **kwargs: Any,
 ) -> nn.Module:
     """Return a timm network without classifier, ``(B, 3, H, W) -> (B, num_features)``.
 
     Args:
         model_name: any name that ``timm.list_models()`` knows.
+        num_classes: with a classifier all the same, of so many classes, as a finetuned state dict fits.
         image_size: height and width of the input in pixels; fixes the patch grid of transformers.
         pretrained: start from timm's weights, fetched from the hub or found in its cache.
-        checkpoint_path: start from a state dict of this same backbone: a local file, or ``models:/name/version``
-            for one that this project registered.
+        checkpoint_path: start from a state dict of this same backbone: a local file, or for one that this project
+            registered ``models:/name/version``, or the folder of the model.
         small_stem: replace a resnet's 7x7 stride-2 stem and its pool by one 3x3 convolution, as is usual for
             CIFAR-sized images; ``auto`` does so for images of up to 64 px, and not for pretrained weights.
         kwargs: handed to ``timm.create_model``.
@@ -48,7 +51,7 @@ def build_backbone(
         raise InputError(f"backbone.model_name must be a timm model name, got {model_name!r}; close matches: {close}")
     if _fixed_size(model_name):
         kwargs["img_size"] = tuple(image_size)
-    backbone = _create(model_name, pretrained=pretrained, **kwargs)
+    backbone = _create(model_name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     # the call that makes an empty network for an exported state dict
     made_by = f"timm.create_model({_call(model_name, kwargs)}, num_classes=0)"
     if _wants_small_stem(backbone, small_stem, image_size=image_size, pretrained=pretrained):
@@ -63,6 +66,51 @@ def build_backbone(
     return backbone
 
 
+def with_classes(made_by: str, num_classes: int) -> str:
+    """Return the call that makes a network with a classifier, for the one that makes it without.
+
+    Example:
+        >>> with_classes('timm.create_model("resnet18", num_classes=0)', 3)
+        'timm.create_model("resnet18", num_classes=3)'
+    """
+    without, _, _ = made_by.removesuffix(")").partition(", num_classes=")
+    return f"{without}, num_classes={num_classes})"
+
+
+def classifier_name(backbone: nn.Module) -> str:
+    """Return what a timm network calls its classifier, such as ``fc``; ``head`` where it does not say."""
+    name = getattr(backbone, "pretrained_cfg", {}).get("classifier")
+    return name if isinstance(name, str) else "head"
+
+
+def read_call(made_by: str) -> dict[str, Any]:
+    """Return the arguments of the call that a network was made by; nothing is run.
+
+    Args:
+        made_by: as ``build_backbone(...).made_by`` has it.
+
+    Returns:
+        ``model_name``, ``small_stem``, and what else ``timm.create_model`` was told, but for the size.
+
+    Raises:
+        ValueError: if it is another expression.
+
+    Example:
+        >>> read_call('timm.create_model("resnet18", drop_path_rate=0.1, num_classes=0)')
+        {'model_name': 'resnet18', 'small_stem': False, 'drop_path_rate': 0.1}
+    """
+    try:
+        call = ast.parse(made_by, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"made_by must be a call, got {made_by!r}") from error
+    makers = ("timm.create_model", "mlflow_ssl.backbones.build_backbone")
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) not in makers or len(call.args) != 1:
+        raise ValueError(f"made_by must be a call of {' or '.join(makers)}, got {made_by!r}")
+    told = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    told = {name: value for name, value in told.items() if name not in ("num_classes", "image_size", "img_size")}
+    return {"model_name": str(ast.literal_eval(call.args[0])), "small_stem": False} | told
+
+
 def _fixed_size(model_name: str) -> bool:
     config = get_pretrained_cfg(model_name)
     return config is not None and config.fixed_input_size
@@ -74,7 +122,7 @@ def _call(model_name: str, kwargs: dict[str, Any]) -> str:
 
 def _create(model_name: str, **kwargs: Any) -> nn.Module:
     try:
-        return timm.create_model(model_name, num_classes=0, **kwargs)
+        return timm.create_model(model_name, **kwargs)
     except Exception as error:
         if not kwargs["pretrained"]:
             raise
@@ -106,7 +154,7 @@ def _shrink_stem(backbone: nn.Module, model_name: str) -> None:
 
 
 def _load_weights(backbone: nn.Module, checkpoint_path: str) -> None:
-    if checkpoint_path.startswith("models:/"):
+    if ":/" in checkpoint_path or Path(checkpoint_path, "MLmodel").is_file():
         from mlflow_ssl.tracking.registry import load_backbone_weights
 
         state = load_backbone_weights(checkpoint_path)

@@ -31,6 +31,11 @@ Find what is wrong with a data set before a training:
   python -m mlflow_ssl check-data FOLDER [KEY=VALUE ...] [report=FOLDER]
   mlflow run . -e check-data -P data_path=FOLDER
 
+Make a classifier of a registered network and labelled images:
+
+  python -m mlflow_ssl finetune model_uri=models:/NAME/VERSION data_path=FOLDER [KEY=VALUE ...]
+  mlflow run . -e finetune -P model_uri=models:/NAME/VERSION -P data_path=FOLDER
+
 Measure a registered network, against others and against what needs no training:
 
   python -m mlflow_ssl evaluate model_uri=models:/NAME/VERSION data_path=FOLDER [against=[URI,...]] [KEY=VALUE ...]
@@ -90,12 +95,22 @@ def _run(words: Sequence[str]) -> None:
     if words and words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
         return
-    from mlflow_ssl.config import build, compose_config
+    _train(to_overrides(words))
 
-    overrides = to_overrides(words)
+
+def _train(overrides: list[str]) -> None:
+    from mlflow_ssl.config import compose_config
+
     config = compose_config(overrides)
-    task = build(config.task)
-    task(config, overrides).run()
+    from mlflow_ssl.tasks.training import train
+
+    train(config, overrides)
+
+
+def _finetune(words: Sequence[str]) -> None:
+    overrides = to_overrides(words)
+    named = any(word.startswith("experiment=") for word in overrides)
+    _train(overrides if named else ["experiment=finetune", *overrides])
 
 
 def _reproduce(words: Sequence[str]) -> None:
@@ -151,11 +166,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "duplicates": _duplicates,
     "embed": _embed,
     "evaluate": _evaluate,
+    "finetune": _finetune,
     "reproduce": _reproduce,
     "search": _search,
     "sync": _sync,
 }
-"""First words that ask for something else than a training."""
+"""First words that ask for something else than self-supervised training."""
 
 
 def to_overrides(words: Sequence[str]) -> list[str]:

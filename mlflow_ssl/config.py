@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ KNOWN_PARTS = (
     "mlflow_ssl.methods.",
     "mlflow_ssl.optimizers.",
     "mlflow_ssl.schedules.",
+    "mlflow_ssl.tasks.finetune.",
     "mlflow_ssl.tasks.ssl.",
     "mlflow_ssl.transforms.",
     "mlflow_ssl.views.",
@@ -74,6 +76,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """
     OmegaConf.register_new_resolver("peak_lr", _peak_lr, replace=True)
     OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+    OmegaConf.register_new_resolver("registered", _registered, replace=True, use_cache=True)
     words = [_unalias(word) for word in overrides]
     shipped, *own = search_folders()
     search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]"] if own else []
@@ -102,13 +105,15 @@ def resolve(config: DictConfig) -> DictConfig:
     """
     resolved = config.copy()
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            key = missing[0]
+        # not by OmegaConf's own search, which resolves what depends on them
+        key = min(_missing(OmegaConf.to_container(config)), default=None)
+        if key is not None:
             short = next((name for name, full in ALIASES.items() if full == key), key)
             raise InputError(f"{key} must be given; add {short}=VALUE")
         OmegaConf.resolve(resolved)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from error
         raise InputError(f"cannot resolve the config: {_first_line(error)}") from error
     check_resolved(resolved)
     return resolved
@@ -265,6 +270,13 @@ def _scaled(factor: Any, *sizes: int) -> int:
     return round(max(sizes) * Fraction(factor))
 
 
+def _registered(model_uri: str, tracking_uri: str | None) -> DictConfig:
+    """Return what is known of a registered network; the store is asked once for a config."""
+    from mlflow_ssl.tracking.registered import find_registered
+
+    return OmegaConf.create(asdict(find_registered(str(model_uri), tracking_uri=tracking_uri)))
+
+
 def _peak_lr(init_lr: Any) -> Any:
     # the tutorial spells it as a list of one; schedules.peak_lr checks it
     return init_lr[0] if OmegaConf.is_list(init_lr) and len(init_lr) == 1 else init_lr
@@ -315,6 +327,15 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_interpolation() and not child._is_none():
             yield from _keys(child, f"{prefix}{key}.")
+
+
+def _missing(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the keys of a plain config whose values are still to be given."""
+    if node == "???":
+        yield path
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from _missing(child, f"{path}.{key}" if path else f"{key}")
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

@@ -1,7 +1,7 @@
 """The trained network for others: the one place that touches TorchScript and ONNX.
 
-Every format holds the same function: RGB images ``(B, 3, H, W)``, float32 in [0, 1], to embeddings ``(B, D)``. The
-normalization of the training is inside. Only the state dicts are the backbone alone.
+Every format holds the same function: RGB images ``(B, 3, H, W)``, float32 in [0, 1], to embeddings ``(B, D)``, or, of a
+classifier, to logits ``(B, C)``. The normalization of the training is inside. Only the state dicts are without it.
 """
 
 import copy
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlflow_ssl.backbones import classifier_name, with_classes
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
-"""Largest difference of an exported embedding, as a share of the largest value, in float32."""
+"""Largest difference of an exported output, as a share of the largest value, in float32."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,58 @@ class ModelCard:
     layout: str = "NCHW"
     input_range: tuple[float, float] = (0.0, 1.0)
     dtype: str = "float32"
-    normalization: str = "inside the network; the state dicts (pytorch, safetensors) are the backbone without it"
+    normalization: str = "inside the network; the state dicts (pytorch, safetensors) are without it"
+    output: str = "embeddings"
+    """Or ``logits``: one for each of ``classes``."""
 
 
 class DeploymentNetwork(nn.Module):
-    """Normalization and backbone in one: images in [0, 1] to embeddings.
+    """Normalization and backbone in one: images in [0, 1] to embeddings, or with a head to logits.
 
     Args:
         backbone: the trained network; copied, in float32 and evaluation mode, on the CPU.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
+        head: of embeddings ``(B, D)`` to logits ``(B, C)``; None gives the embeddings.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], *, head: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         copied = copy.deepcopy(backbone).to(device="cpu", dtype=torch.float32)
         self.backbone = copied.to(memory_format=torch.contiguous_format).requires_grad_(requires_grad=False)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.head = None if head is None else copy.deepcopy(head).requires_grad_(requires_grad=False)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings of RGB images ``(B, 3, H, W)`` in [0, 1]."""
-        return self.backbone((images - self.mean) / self.std)  # type: ignore[no-any-return]
+        """Return embeddings or logits of RGB images ``(B, 3, H, W)`` in [0, 1]."""
+        embeddings: Tensor = self.backbone((images - self.mean) / self.std)
+        return embeddings if self.head is None else self.head(embeddings)
+
+    @property
+    def output(self) -> str:
+        """What it gives: ``embeddings``, or ``logits``."""
+        return "embeddings" if self.head is None else "logits"
+
+    @property
+    def made_by(self) -> str:
+        """The call that makes an empty network for `weights`."""
+        made_by = str(self.backbone.made_by)
+        return made_by if self.head is None else with_classes(made_by, self.head.out_features)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the state dict of backbone and head under timm's names, without the normalization."""
+        weights: dict[str, Tensor] = self.backbone.state_dict()
+        if self.head is not None:
+            name = classifier_name(self.backbone)
+            weights |= {f"{name}.{key}": value for key, value in self.head.state_dict().items()}
+        return weights
 
 
 Writer = Callable[[DeploymentNetwork, Tensor, Path], Callable[[Tensor], Tensor] | None]
@@ -96,7 +123,7 @@ def _write_onnx(network: DeploymentNetwork, example: Tensor, file: Path) -> Call
             (example,),
             file,
             input_names=["images"],
-            output_names=["embeddings"],
+            output_names=[network.output],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
             external_data=False,
@@ -107,13 +134,13 @@ def _write_onnx(network: DeploymentNetwork, example: Tensor, file: Path) -> Call
 
 
 def _write_state_dict(network: DeploymentNetwork, _: Tensor, file: Path) -> None:
-    torch.save(network.backbone.state_dict(), file)
+    torch.save(network.weights(), file)
 
 
 def _write_safetensors(network: DeploymentNetwork, _: Tensor, file: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(network.backbone.state_dict(), file)
+    save_file(network.weights(), file)
 
 
 WRITERS: dict[str, tuple[str, Writer]] = {
@@ -144,11 +171,11 @@ def check_types(types: Sequence[str]) -> None:
 def export_network(network: DeploymentNetwork, card: ModelCard, *, types: Sequence[str], folder: Path) -> None:
     """Write ``network`` in every format, and ``model.json``, into ``folder``, in place of what is there.
 
-    Each file with a function of its own is asked for embeddings of two batch sizes and compared with ``network``. The
-    folder appears whole or not at all.
+    Each file with a function of its own is asked about batches of two sizes and compared with ``network``. The folder
+    appears whole or not at all.
 
     Raises:
-        RuntimeError: if an exported network does not give the embeddings of the trained one.
+        RuntimeError: if an exported network does not give what the trained one does.
     """
     scratch = folder.with_name(folder.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -174,12 +201,12 @@ def _write_all(network: DeploymentNetwork, card: ModelCard, types: Sequence[str]
 
 
 @torch.no_grad()
-def _check_same(network: nn.Module, exported: Callable[[Tensor], Tensor], example: Tensor, kind: str) -> None:
+def _check_same(network: DeploymentNetwork, exported: Callable[[Tensor], Tensor], example: Tensor, kind: str) -> None:
     for batch in (example, torch.cat([example, example.flip(-1), example[:1]])):  # 2 and 5 images
         expected, got = network(batch), exported(batch)
         if expected.shape != got.shape:
             raise RuntimeError(
-                f"the exported {kind} network gives embeddings of shape {tuple(got.shape)}, the trained one "
+                f"the exported {kind} network gives {network.output} of shape {tuple(got.shape)}, the trained one "
                 f"{tuple(expected.shape)}"
             )
         difference = ((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12)).item()

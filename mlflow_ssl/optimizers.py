@@ -29,6 +29,12 @@ def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
     return [{"params": weights}, {"params": vectors, "weight_decay": 0.0, "adapt": False}]
 
 
+def scale_rates(optimizer: Optimizer) -> None:
+    """Multiply the learning rate of each group of ``optimizer`` by the group's ``lr_scale``, if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_scale", 1.0)
+
+
 class LARS(Optimizer):
     r"""Layer-wise adaptive rate scaling, as BYOL's reference code has it.
 

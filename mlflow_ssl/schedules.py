@@ -96,7 +96,7 @@ def warmup_cosine_scheduler(
     """Give every parameter group of ``optimizer`` the warm-up and cosine schedule, per optimizer step.
 
     Args:
-        optimizer: its groups' own learning rates are replaced.
+        optimizer: its groups' own learning rates are replaced; a group's ``lr_scale`` multiplies its.
         total_steps: length of the training in optimizer steps.
         steps_per_epoch: optimizer steps in one epoch.
         global_batch: images per optimizer step, over all devices and accumulated batches.
@@ -107,7 +107,7 @@ def warmup_cosine_scheduler(
     """
     peak = scaled_lr(peak_lr(init_lr), global_batch=global_batch, reference_batch=reference_batch)
     for group in optimizer.param_groups:
-        group["lr"] = peak
+        group["lr"] = peak * group.get("lr_scale", 1.0)
     warmup_steps = min(round(warmup_epochs * steps_per_epoch), total_steps)
 
     def factor(step: int) -> float:

@@ -21,6 +21,7 @@ WARM = (
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow_ssl.tasks.ssl",
+    "mlflow_ssl.tasks.training",
     "sklearn.linear_model",
     "timm",
 )

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import Backbone
 
+from mlflow_ssl.backbones import build_backbone
 from mlflow_ssl.export import DeploymentNetwork, ModelCard
 from mlflow_ssl.tracking.packaging import LabelledEmbeddings, Registration, package_network
 
@@ -38,16 +39,24 @@ def resnet():
         return DeploymentNetwork(backbone, MEAN, STD)
 
 
+def trained_here(**kwargs):
+    """Return a resnet10t as a training of this project registers it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DeploymentNetwork(build_backbone("resnet10t", image_size=(SIZE, SIZE), **kwargs), MEAN, STD)
+
+
 def card(network):
     """Return what `network` takes and gives."""
     return ModelCard(
         backbone="resnet10t",
-        state_dict_fits="nothing",
+        state_dict_fits=network.made_by if hasattr(network.backbone, "made_by") else "nothing",
         input_size=(SIZE, SIZE),
         mean=MEAN,
         std=STD,
         embedding_size=network.backbone.num_features,
         classes=CLASSES,
+        output=network.output,
     )
 
 

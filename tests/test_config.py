@@ -34,19 +34,37 @@ def test_the_groups_are_the_tutorials():
     assert set(named.split()) <= set(GROUPS)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_shipped_config_composes(option):
+@pytest.fixture(scope="session")
+def registered(tmp_path_factory):
+    """Return the folder of a network that finetuning can start from."""
+    from packages import package, trained_here
+
+    return package(tmp_path_factory.mktemp("packaged") / "package", trained_here()) / "model"
+
+
+def needed(option, registered):
+    """Return what else must be given with an option."""
+    words = {"backbone=timm": "backbone.model_name=resnet18", "experiment=finetune": f"model_uri={registered}"}
     alone = [] if option.startswith("experiment=") else ["~experiment"]
-    named = ["backbone.model_name=resnet18"] if option == "backbone=timm" else []
-    config = composed(option, *alone, *named)
+    return [*alone, *([words[option]] if option in words else [])]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.filterwarnings("default")  # MLflow warns about its own type hints
+def test_every_shipped_config_composes(option, registered):
+    config = composed(option, *needed(option, registered))
     assert OmegaConf.missing_keys(config) == set()
 
 
 @pytest.mark.parametrize("option", sorted(options("experiment")))
-def test_every_experiment_builds_a_method_and_its_data(option):
-    config = composed(f"experiment={option}", "model.channels_last=false", "backbone.image_size=[32,32]")
+@pytest.mark.filterwarnings("default")
+def test_every_experiment_builds_a_method_and_its_data(option, registered):
+    option = f"experiment={option}"
+    config = composed(option, "model.channels_last=false", "backbone.image_size=[32,32]", *needed(option, registered))
+    if config.model.get("num_classes") == "auto":  # the data decide
+        config.model.num_classes = 3
     method = build(config.model)
-    assert method.online.backbone.num_features > 0
+    assert method.embedder.num_features > 0
     assert build(config.datamodule).batch_size == config.datamodule.batch_size
 
 
@@ -140,6 +158,24 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, monkeypatch):
 def test_a_part_that_refuses_its_arguments_is_one_line():
     with pytest.raises(InputError, match=r"refuses its arguments"):
         build(OmegaConf.create({"_target_": "albumentations.Resize", "height": -1, "width": "x"}))
+
+
+def test_what_finetuning_starts_from_must_be_given():
+    with pytest.raises(InputError, match="model_uri must be given; add model_uri=VALUE"):
+        composed("experiment=finetune")
+
+
+@pytest.mark.filterwarnings("default")
+def test_finetuning_takes_size_normalization_and_network_from_the_registered_one(registered):
+    config = composed("experiment=finetune", f"model_uri={registered}")
+    assert (config.backbone.model_name, config.backbone.small_stem) == ("resnet10t", True)
+    assert (config.transforms.input_height, config.transforms.input_width) == (32, 32)
+    assert (config.transforms.mean, config.transforms.std) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    assert config.transforms.val_transform.transforms[1].mean == [0.5, 0.4, 0.3]
+    assert config.model.backbone.checkpoint_path == str(registered)
+    assert config.registry.name == "resnet10t_classifier"
+    wider = composed("experiment=finetune", f"model_uri={registered}", "transforms.input_width=48")
+    assert wider.backbone.image_size == [32, 48]
 
 
 def test_the_resolved_config_composes_to_itself():

@@ -160,7 +160,8 @@ def test_the_card_says_what_a_caller_has_to_know(tmp_path):
         "layout": "NCHW",
         "input_range": [0.0, 1.0],
         "dtype": "float32",
-        "normalization": "inside the network; the state dicts (pytorch, safetensors) are the backbone without it",
+        "normalization": "inside the network; the state dicts (pytorch, safetensors) are without it",
+        "output": "embeddings",
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_ssl.losses import byol_loss
+from mlflow_ssl.losses import balanced_weights, byol_loss, cross_entropy
 
 
 def random_pair(batch=5, dim=7, seed=0):
@@ -75,3 +75,36 @@ def test_byol_loss_ignores_rotations_and_stays_within_0_and_4(seed):
 def test_byol_loss_names_both_shapes():
     with pytest.raises(ValueError, match=r"prediction and projection must have one shape, got \(2, 3\) and \(3, 2\)"):
         byol_loss(torch.ones(2, 3), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs_mean_over_the_images_with_a_class(weights, smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 2, -1, 1, -2, 2])
+    known = labels >= 0
+    each = torch.nn.functional.cross_entropy(
+        logits[known],
+        labels[known],
+        weight=None if weights is None else torch.tensor(weights, dtype=torch.float64),
+        reduction="none",
+        label_smoothing=smoothing,
+    )
+    total = 4 if weights is None else 0.5 + 1 + 2 + 1
+    got = cross_entropy(logits, labels, class_weights=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(got, each.sum() / total)
+
+
+def test_cross_entropy_of_no_classes_is_nothing_and_has_no_gradient():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([-1, -2]))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
+def test_balanced_weights_give_every_class_the_same_say():
+    counts = [30, 10, 5]
+    weights = balanced_weights(counts)
+    assert [weight * count for weight, count in zip(weights, counts, strict=True)] == pytest.approx([15, 15, 15])

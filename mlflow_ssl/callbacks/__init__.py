@@ -1,7 +1,10 @@
 """When things happen during a training: thin over ``evaluation`` and ``tracking``."""
 
+from mlflow_ssl.callbacks.backbone_baseline import BackboneBaseline
 from mlflow_ssl.callbacks.bad_images import BadImages
+from mlflow_ssl.callbacks.best_checkpoint import BestCheckpoint
 from mlflow_ssl.callbacks.checkpoint_upload import CheckpointUpload
+from mlflow_ssl.callbacks.classification import ClassificationEvaluation
 from mlflow_ssl.callbacks.health import Health
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
@@ -13,8 +16,11 @@ from mlflow_ssl.callbacks.progress import Progress
 from mlflow_ssl.callbacks.step_metrics import StepMetrics
 
 __all__ = [
+    "BackboneBaseline",
     "BadImages",
+    "BestCheckpoint",
     "CheckpointUpload",
+    "ClassificationEvaluation",
     "Health",
     "KNNEvaluation",
     "LastCheckpoint",

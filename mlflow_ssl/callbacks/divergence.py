@@ -144,15 +144,15 @@ def batch_paths(trainer: Trainer, epoch: int, batch_idx: int) -> list[str]:
     shards, or do not come from one of our datamodules, are not known: there are none.
     """
     loader: Any = trainer.train_dataloader
-    index: Any = getattr(getattr(trainer, "datamodule", None), "index", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     sampler = getattr(loader, "sampler", None)
-    if index is None or not isinstance(sampler, EpochSampler):
+    if not hasattr(datamodule, "images_of") or not isinstance(sampler, EpochSampler):
         return []
     whole = EpochSampler(sampler.num_images, seed=sampler.seed, rank=sampler.rank, world_size=sampler.world_size)
     whole.set_epoch(epoch)
     begins = batch_idx * loader.batch_size
     rows = [row for _, row in islice(whole, begins, begins + loader.batch_size)]
-    table = index.split("train").table
+    table = datamodule.images_of("train").table
     return [str(path) for path in table["path"].take(rows).to_pylist()]
 
 

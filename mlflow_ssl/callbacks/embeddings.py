@@ -55,7 +55,7 @@ class Gathered(NamedTuple):
 
 @dataclass
 class Embeddings:
-    """Embeddings and labels of this process's images of each loader: bank (0) and queries (1)."""
+    """Embeddings and labels of this process's images of each loader: bank and queries, or those of the only one."""
 
     parts: dict[int, list[Gathered]] = field(default_factory=dict)
     _seen: dict[int, int] = field(default_factory=dict)
@@ -79,10 +79,9 @@ class Embeddings:
         batch = Gathered(embeddings[kept.to(embeddings.device)].float().cpu(), labels.cpu()[kept], rows[kept])
         self.parts.setdefault(loader, []).append(batch)
 
-    def take(self) -> tuple[Gathered, Gathered]:
-        """Return this process's bank and queries without the images that could not be read, and forget them."""
-        bank, queries = self.take_one(0), self.take_one(1)
-        return bank, queries
+    def take(self) -> tuple[Gathered, ...]:
+        """Return this process's images of each loader, without those that could not be read, and forget them."""
+        return tuple(self.take_one(loader) for loader in sorted(self.parts))
 
     def take_one(self, loader: int) -> Gathered:
         """Return and forget this process's images of one loader."""
@@ -122,6 +121,12 @@ def counting(labels: Tensor, rows: Tensor | None) -> Tensor:
     """Return which images of a batch count, ``(B,)``: those that could be read, unless the batch is borrowed."""
     good = labels != BAD_LABEL
     return good if rows is None else good & (rows.to(labels.device) >= 0)
+
+
+def have_last_epoch_validated(trainer: Trainer) -> None:
+    """Have the epoch that begins validated if it is the last, whatever ``check_val_every_n_epoch`` divides."""
+    if trainer.current_epoch + 1 == trainer.max_epochs:
+        trainer.check_val_every_n_epoch = 1
 
 
 def has_bank(trainer: Trainer) -> bool:

@@ -34,7 +34,7 @@ class Health(Callback):
 
     Args:
         on_collapse: ``warn`` in the log, or ``stop`` the training.
-        max_images: of so many at most, taken evenly from all batches.
+        max_images: of so many at most, taken evenly from all batches; 0 measures none, and looks after the loss alone.
         monitor: the metric to improve, higher is better; by default ``val_acc`` where it is logged.
         patience: validations without improvement that make a plateau.
         loss_ceiling: loss of an image whose views are opposite, 0 being that of equal ones, as BYOL's; None where the
@@ -64,7 +64,7 @@ class Health(Callback):
     ) -> None:
         if on_collapse not in ("warn", "stop"):
             raise InputError(f"callbacks.health.on_collapse must be warn or stop, got {on_collapse!r}")
-        for name, value, lowest in (("max_images", max_images, 1), ("patience", patience, 1), ("views", views, 0)):
+        for name, value, lowest in (("max_images", max_images, 0), ("patience", patience, 1), ("views", views, 0)):
             if value < lowest:
                 raise InputError(f"callbacks.health.{name} must be at least {lowest}, got {value}")
         if loss_ceiling is not None and not loss_ceiling > 0:

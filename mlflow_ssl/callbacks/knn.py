@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from mlflow_ssl.callbacks.embeddings import Embeddings, Evaluated, Gathered, batch_rows, has_bank
+from mlflow_ssl.callbacks.embeddings import (
+    Embeddings,
+    Evaluated,
+    Gathered,
+    batch_rows,
+    has_bank,
+    have_last_epoch_validated,
+)
 from mlflow_ssl.callbacks.sharing import shared_nearest
 from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.evaluation.knn import accuracy, vote
@@ -74,8 +81,7 @@ class KNNEvaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the last epoch validated, whatever ``check_val_every_n_epoch`` divides, also if resumed within it."""
         self.evaluated = None
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1
+        have_last_epoch_validated(trainer)
 
     on_train_epoch_start = on_train_start
 
@@ -110,9 +116,9 @@ class KNNEvaluation(Callback):
         """Log the accuracy on the validation split."""
         if not has_bank(trainer):
             return
-        gathered = self._embeddings.take()
+        bank, queries = self._embeddings.take()
         if not trainer.sanity_checking:  # a few batches are no bank
-            self._evaluate(pl_module.device, *gathered)
+            self._evaluate(pl_module.device, bank, queries)
             self._val_acc = self._log_votes(trainer, pl_module, "val_acc")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

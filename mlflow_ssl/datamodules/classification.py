@@ -188,6 +188,10 @@ class ClassificationDataModule(LightningDataModule):
         mapping = self.class_to_idx or {}
         return sorted(mapping, key=mapping.__getitem__)
 
+    def images_of(self, split: str) -> ImageIndex:
+        """Return the images of a split that are used, in the order that its loader numbers them in."""
+        return self.index.split(split)
+
     def build_index(self) -> ImageIndex:
         """Scan the source, read every image that is new or has changed, and draw the splits."""
         self._check_choices()
@@ -248,7 +252,7 @@ class ClassificationDataModule(LightningDataModule):
         self._open_cache()
         transforms = {"train": self.train_transform, "val": self.val_transform, "test": self.test_transform}
         self._datasets = {
-            split: self._image_dataset(self.index.split(split), transform) for split, transform in transforms.items()
+            split: self._image_dataset(self.images_of(split), transform) for split, transform in transforms.items()
         }
 
     def teardown(self, stage: str | None = None) -> None:

@@ -94,6 +94,30 @@ def class_table(confusion: Tensor) -> ClassTable:
     return ClassTable(support, _share(right, said), _share(right, support), _share(2 * right, said + support))
 
 
+def macro_f1(confusion: Tensor) -> float:
+    """Return the mean F1 of the classes that occur, or are said, however many images each has.
+
+    Args:
+        confusion: counts of shape ``(C, C)``, a row per true class.
+
+    Returns:
+        A share in [0, 1]; not a number without any image.
+
+    Raises:
+        ValueError: if ``confusion`` is not square.
+
+    Example:
+        >>> macro_f1(torch.tensor([[2, 0, 0], [1, 1, 0], [0, 0, 0]]))  # 4/5 and 2/3
+        0.7333333333333334
+
+    References:
+        Opitz & Burst 2019, arXiv:1911.03347 (the mean of F1, not the F1 of means).
+    """
+    f1 = class_table(confusion).f1
+    there = (confusion.sum(0) + confusion.sum(1)) > 0
+    return float(f1[there].mean())
+
+
 def most_confused(confusion: Tensor, num_pairs: int = 10) -> list[ConfusedPair]:
     """Return the mistakes made most often, the most frequent first; of equals, the smaller true class.
 

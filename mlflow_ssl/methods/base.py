@@ -1,6 +1,7 @@
 """What every method shares: the embedding, the optimizer and its schedule."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlflow_ssl.optimizers import parameter_groups
+from mlflow_ssl.optimizers import parameter_groups, scale_rates
 from mlflow_ssl.processes import agree_on_buffers
 
 
-class SSLMethod(LightningModule):
-    """A method trains ``online``; its backbone's output is the embedding that everything is measured by.
+class Method(LightningModule, ABC):
+    """A method trains a backbone, whose output is the embedding of an image.
 
     Args:
-        online: the trained network, with a ``backbone``.
         optimizer: makes the optimizer for parameter groups.
         scheduler: makes the learning-rate schedule, see `mlflow_ssl.schedules.warmup_cosine_scheduler`; None keeps the
             optimizer's own rate.
@@ -28,7 +28,6 @@ class SSLMethod(LightningModule):
 
     def __init__(
         self,
-        online: nn.Module,
         *,
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
@@ -36,15 +35,19 @@ class SSLMethod(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.online = online
         self.batch_size = batch_size
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
-    def trained_modules(self) -> list[nn.Module]:
-        """Return the modules whose parameters the optimizer moves."""
-        return [self.online]
+    @property
+    @abstractmethod
+    def embedder(self) -> nn.Module:
+        """The backbone that images are embedded by."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what the optimizer moves; a group's ``lr_scale`` multiplies its learning rate."""
 
     def on_fit_start(self) -> None:
         """Lay the weights out as the images will be."""
@@ -56,7 +59,8 @@ class SSLMethod(LightningModule):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""
-        return self.online.backbone(self.lay_out(images)).float()  # type: ignore[operator, no-any-return]
+        embeddings: Tensor = self.embedder(self.lay_out(images))
+        return embeddings.float()
 
     def on_validation_start(self) -> None:
         """Have all processes embed with one network."""
@@ -74,8 +78,9 @@ class SSLMethod(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the schedule that moves its learning rate each optimizer step."""
-        optimizer = self._make_optimizer(parameter_groups(*self.trained_modules()))
+        optimizer = self._make_optimizer(self.parameter_groups())
         if self._make_scheduler is None:
+            scale_rates(optimizer)
             return optimizer
         trainer = self.trainer
         scheduler = self._make_scheduler(
@@ -90,3 +95,29 @@ class SSLMethod(LightningModule):
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return int(self.trainer.estimated_stepping_batches)
+
+
+class SSLMethod(Method):
+    """A self-supervised method trains ``online``; its backbone's output is the embedding that all is measured by.
+
+    Args:
+        online: the trained network, with a ``backbone``.
+        kwargs: see `Method`.
+    """
+
+    def __init__(self, online: nn.Module, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.online = online
+
+    @property
+    def embedder(self) -> nn.Module:
+        """The online backbone."""
+        return self.online.backbone  # type: ignore[return-value]
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return the modules whose parameters the optimizer moves."""
+        return [self.online]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return weights, and vectors, which are not decayed."""
+        return parameter_groups(*self.trained_modules())

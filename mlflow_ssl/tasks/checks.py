@@ -1,15 +1,18 @@
 """What can be known to go wrong before a training begins, and what the data decide about its config."""
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datamodules import ClassificationDataModule, LabelledDataModule, SSLDataModule
 from mlflow_ssl.datasets.embedded import DIGITS
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.export import check_types
+from mlflow_ssl.losses import balanced_weights
 from mlflow_ssl.tracking.packaging import check_servable
 from mlflow_ssl.transforms import apply, to_tensor
 
@@ -25,14 +28,8 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
     Raises:
         InputError: if batch size, neighbours, normalization or export types cannot work.
     """
-    check_types(config.export.types)
-    check_servable(datamodule.val_transform)
-    num_train, num_bank = len(datamodule.index.split("train")), len(datamodule.bank)
-    if datamodule.batch_size > num_train:
-        raise InputError(
-            f"datamodule.batch_size must be at most the training split's {num_train} images, "
-            f"got {datamodule.batch_size}"
-        )
+    _check_deployment(config, datamodule)
+    num_bank = len(datamodule.bank)
     knn = config.callbacks.get("knn") or {}
     neighbours, max_bank = knn.get("num_neighbours", 1), knn.get("max_bank")
     if max_bank is not None and max_bank < neighbours:
@@ -44,8 +41,77 @@ def fit_to_data(config: DictConfig, datamodule: SSLDataModule) -> None:
             f"callbacks.knn.num_neighbours must be between 1 and the bank size {num_bank}, got {neighbours}; "
             "lower it or add data"
         )
-    _check_normalization(config, datamodule)
     _choose_monitor(config, datamodule)
+
+
+def fit_to_labels(config: DictConfig, datamodule: LabelledDataModule) -> None:
+    """Check a resolved config of a classifier against its data, and fill in, in place, what the data decide.
+
+    Raises:
+        InputError: if batch size, normalization, weights of classes or export types cannot work.
+    """
+    _check_deployment(config, datamodule)
+    classes, labels = datamodule.classes, datamodule.images_of("train").labels
+    if config.model.num_classes not in ("auto", len(classes)):
+        raise InputError(
+            f"model.num_classes must be auto, or the {len(classes)} classes that the data have, "
+            f"got {config.model.num_classes}"
+        )
+    config.model.num_classes = len(classes)
+    weights = class_weights(config.loss.class_weights, np.bincount(labels, minlength=len(classes)).tolist())
+    config.loss.class_weights = config.model.loss.class_weights = weights
+    if config.callbacks.get("model_checkpoint") and not len(datamodule.images_of("val")):
+        log.warning("no val_acc in this run, since there are no validation images: the last checkpoint is the best")
+        config.callbacks.model_checkpoint = None
+    if config.model.freeze_epochs != 0 and config.trainer.strategy in ("auto", "ddp") and _many_processes(config):
+        # otherwise the processes wait for each other's gradients of what is frozen
+        config.trainer.strategy = "ddp_find_unused_parameters_true"
+
+
+def _many_processes(config: DictConfig) -> bool:
+    devices = config.trainer.devices
+    num_devices = devices if isinstance(devices, int) else len(devices)
+    return num_devices != 1 or config.trainer.num_nodes > 1  # -1 and "auto" are all that there are
+
+
+def class_weights(asked: Any, counts: Sequence[int]) -> list[float] | None:
+    """Return the weight of each class.
+
+    Args:
+        asked: ``balanced``, a number for each class, or None for 1.
+        counts: training images of each class.
+
+    Raises:
+        InputError: if it is none of these.
+
+    Example:
+        >>> class_weights("balanced", [30, 10])
+        [0.666667, 2.0]
+    """
+    if asked is None:
+        return None
+    if asked == "balanced":
+        return [round(weight, 6) for weight in balanced_weights(counts)]
+    numbers = [] if isinstance(asked, str) else [float(weight) for weight in asked]
+    if len(numbers) != len(counts) or not min(numbers) > 0:
+        raise InputError(
+            f"loss.class_weights must be null, balanced, or a number above 0 for each of the {len(counts)} classes, "
+            f"got {asked}"
+        )
+    return numbers
+
+
+def _check_deployment(config: DictConfig, datamodule: ClassificationDataModule) -> None:
+    """Check what can be known of the end of a training, and that there is a batch to begin with."""
+    check_types(config.export.types)
+    check_servable(datamodule.val_transform)
+    num_train = len(datamodule.images_of("train"))
+    if datamodule.batch_size > num_train:
+        raise InputError(
+            f"datamodule.batch_size must be at most the training split's {num_train} images, "
+            f"got {datamodule.batch_size}"
+        )
+    _check_normalization(config, datamodule)
 
 
 def _choose_monitor(config: DictConfig, datamodule: SSLDataModule) -> None:
@@ -70,7 +136,7 @@ def _choose_monitor(config: DictConfig, datamodule: SSLDataModule) -> None:
     config.callbacks.model_checkpoint = None
 
 
-def _check_normalization(config: DictConfig, datamodule: SSLDataModule) -> None:
+def _check_normalization(config: DictConfig, datamodule: ClassificationDataModule) -> None:
     """Check that ``val_transform`` normalizes as the exported network will: an even grey stays even."""
     grey = np.full((config.transforms.input_height, config.transforms.input_width, 3), 100, dtype=np.uint8)
     got = to_tensor(apply(datamodule.val_transform, grey, draw=(0,))) if datamodule.val_transform else to_tensor(grey)
@@ -88,7 +154,7 @@ def _check_normalization(config: DictConfig, datamodule: SSLDataModule) -> None:
         )
 
 
-def warn_of_demonstration(config: DictConfig, datamodule: SSLDataModule) -> None:
+def warn_of_demonstration(config: DictConfig, datamodule: ClassificationDataModule) -> None:
     """Say which settings were made for the embedded data, where somebody else's are trained on."""
     if config.core.demonstration and datamodule.data_path != DIGITS:
         log.warning(

@@ -1,30 +1,45 @@
 """The trained network made ready for others: exported, packaged and registered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-from mlflow_ssl.callbacks.embeddings import Evaluated
-from mlflow_ssl.datamodules import SSLDataModule
+from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.export import DeploymentNetwork, ModelCard, export_network
-from mlflow_ssl.methods import SSLMethod
 from mlflow_ssl.tracking.packaging import LabelledEmbeddings, Registration, package_network
 from mlflow_ssl.tracking.run import Run
 
-FIGURES = ("val_acc", "test_acc", "test_acc_linear")
-"""Metrics that become tags of the version."""
+FIGURES = ("val_acc", "test_acc", "test_acc_linear", "test_f1", "baseline_acc_knn", "baseline_acc_linear")
+"""Metrics that become tags of the version, those that there are."""
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """What a training hands over.
+
+    Attributes:
+        network: what is exported and registered.
+        card: what it takes and gives.
+        bank: what the service looks for neighbours among; None for a service without.
+        tags: of the version, beside its figures.
+    """
+
+    network: DeploymentNetwork
+    card: ModelCard
+    bank: LabelledEmbeddings | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @rank_zero_only
 def deploy(
     config: DictConfig,
-    method: SSLMethod,
-    datamodule: SSLDataModule,
+    deployable: Deployable,
+    datamodule: ClassificationDataModule,
     run: Run,
-    metrics: dict[str, float],
-    evaluated: Evaluated | None,
+    metrics: Mapping[str, float],
     *,
     steps: int,
 ) -> str | None:
@@ -32,21 +47,17 @@ def deploy(
 
     Args:
         config: resolved config.
-        method: holds the network.
+        deployable: the network.
         datamodule: what it was trained on.
         run: the open run.
         metrics: what the run comes to.
-        evaluated: what the test looked for neighbours among; None where nothing was tested.
         steps: optimizer steps that the training took.
 
     Returns:
         The version; None if MLflow does not answer, and in the other processes of a distributed training.
     """
-    transforms = config.transforms
-    network = DeploymentNetwork(method.online.backbone, transforms.mean, transforms.std)  # type: ignore[arg-type]
-    card = _card(config, network, datamodule)
     folder = run.output / "deployment_model"
-    export_network(network, card, types=config.export.types, folder=folder)
+    export_network(deployable.network, deployable.card, types=config.export.types, folder=folder)
     run.log_checkpoints()
     run.log_file(folder, "deployment_model")
     package = run.output / "registration" / f"step-{steps}"
@@ -54,34 +65,30 @@ def deploy(
         figures = {name: f"{metrics[name]:.6f}" for name in FIGURES if name in metrics}
         package_network(
             package,
-            network,
-            card=card,
+            deployable.network,
+            card=deployable.card,
             registration=Registration(
                 name=config.registry.name,
                 promote=config.registry.promote,
-                tags=figures | {"data.digest": datamodule.index.digest},
+                tags=figures | dict(deployable.tags) | {"data.digest": datamodule.index.digest},
             ),
             transform=datamodule.val_transform,
-            bank=_bank(evaluated, card.classes),
+            bank=deployable.bank,
             example=datamodule.example_image(),
         )
     return run.registered_version(package, patience=config.tracking.wait_at_end_seconds)
 
 
-def _card(config: DictConfig, network: DeploymentNetwork, datamodule: SSLDataModule) -> ModelCard:
+def model_card(config: DictConfig, network: DeploymentNetwork, datamodule: ClassificationDataModule) -> ModelCard:
+    """Return what a caller of a network has to know."""
     transforms: Any = config.transforms
     return ModelCard(
         backbone=config.backbone.model_name,
-        state_dict_fits=str(network.backbone.made_by),
+        state_dict_fits=network.made_by,
         input_size=(transforms.input_height, transforms.input_width),
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
         embedding_size=network.backbone.num_features,  # type: ignore[arg-type]
         classes=tuple(datamodule.classes),
+        output=network.output,
     )
-
-
-def _bank(evaluated: Evaluated | None, classes: Sequence[str]) -> LabelledEmbeddings | None:
-    if evaluated is None:
-        return None
-    return LabelledEmbeddings(evaluated.bank.numpy(), evaluated.labels.numpy(), tuple(classes))

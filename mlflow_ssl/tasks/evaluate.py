@@ -24,19 +24,9 @@ from mlflow_ssl.datamodules.classification import ClassificationDataModule
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.intervals import Interval
-from mlflow_ssl.evaluation.scores import (
-    Labelled,
-    Scores,
-    by_class,
-    compare,
-    confusions,
-    difference_rows,
-    score,
-)
-from mlflow_ssl.pictures.confusion import confusion_matrix
-from mlflow_ssl.pictures.sheet import Shown, sheet_html
+from mlflow_ssl.evaluation.scores import Labelled, Scores, compare, difference_rows, score
+from mlflow_ssl.tasks.classes import write_classes
 from mlflow_ssl.tasks.embed import OF_MODELS, embedded, open_data, open_network, required, split_words
-from mlflow_ssl.tasks.search import inside
 from mlflow_ssl.tracking.embedder import Embedder
 from mlflow_ssl.tracking.report import link_models, log_report, metric_place, new_run
 
@@ -46,8 +36,6 @@ OWN = ("model_uri", "against", "baselines", "few_labels", "name", "report", *OF_
 PIXELS, UNTRAINED = "raw pixels", "untrained"
 PIXELS_SIDE = 32
 """Pixels of a side that the baseline of pixels sees at most: 3,072 numbers an image, whatever the network takes."""
-MOST_SHOWN = 12
-"""Images of a confusion on the sheet."""
 Way = tuple[Embedder, Callable[[Tensor], Tensor]]
 """A network, whose transform is taken, and what makes vectors of its images."""
 
@@ -229,26 +217,11 @@ def write_files(result: Evaluation, report: str, folder: Path, *, root: Path) ->
         ]
         csv.write_csv(pa.Table.from_pylist(rows), folder / "scores.csv")
         if result.shown is not None:
-            _write_classes(result, result.first.predicted[result.shown], folder, root=root)
+            predicted = result.first.predicted[result.shown]
+            title = f"Confused most in {root.name}, by {result.shown}"
+            write_classes(folder, result.truth, predicted, result.classes, result.queries.table["path"], root, title)
     except OSError as error:
         raise InputError(f"report must be a folder that can be written, got {folder}: {error.strerror}") from error
-
-
-def _write_classes(result: Evaluation, predicted: Tensor, folder: Path, *, root: Path) -> None:
-    classes, truth = result.classes, result.truth
-    csv.write_csv(pa.Table.from_pylist(by_class(predicted, truth, classes)), folder / "classes.csv")
-    confusion_matrix(truth, predicted, classes).save(folder / "confusion_matrix.png")
-    pairs = confusions(predicted, truth, classes)
-    if pairs:
-        csv.write_csv(pa.Table.from_pylist(pairs), folder / "confusions.csv")
-    paths, sections = result.queries.table["path"], []
-    for pair in pairs:
-        true, said = classes.index(str(pair["class_name"])), classes.index(str(pair["predicted"]))
-        rows = ((truth == true) & (predicted == said)).nonzero().flatten()[:MOST_SHOWN].tolist()
-        shown = [Shown(inside(root, path), path) for path in (paths[row].as_py() for row in rows)]
-        sections.append((f"{pair['class_name']} taken for {pair['predicted']}: {pair['images']} images", [shown]))
-    page = sheet_html(f"Confused most in {root.name}, by {result.shown}", sections)
-    (folder / "worst_confused.html").write_text(page, encoding="utf-8")
 
 
 def _log(

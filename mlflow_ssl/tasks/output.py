@@ -87,7 +87,7 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stderr
 
 

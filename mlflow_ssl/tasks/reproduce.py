@@ -12,7 +12,7 @@ from rich.table import Table
 from mlflow_ssl.config import build, check_resolved, compose_config, parse_word, recorded_config
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.tasks.resume import MAY_CHANGE, change, moved
-from mlflow_ssl.tasks.ssl import SSL
+from mlflow_ssl.tasks.training import train
 from mlflow_ssl.tracking.history import curve
 from mlflow_ssl.tracking.source import git_tags, installed_packages
 from mlflow_ssl.tracking.stored import StoredRun, find_run
@@ -40,9 +40,8 @@ def reproduce(words: Sequence[str]) -> None:
     config = _config(stored, words, uri=uri, trusted=bool(given.get("trust_config")))
     differences = compare(stored, config)
     sys.stderr.write("".join(f"{line}\n" for line in differences or ["same commit, packages and data as then"]))
-    outcome = SSL(config, words, tags={"reproduces": run_id, "reproduces.differences": "\n".join(differences)}).run()
-    if outcome is not None:
-        _report(stored, outcome.run_id)
+    outcome = train(config, words, tags={"reproduces": run_id, "reproduces.differences": "\n".join(differences)})
+    _report(stored, outcome.run_id)
 
 
 def _config(stored: StoredRun, words: Sequence[str], *, uri: str | None, trusted: bool) -> DictConfig:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
@@ -45,6 +45,9 @@ class RecordDelivery:
         """
         if entries[0]["kind"] == "dataset":
             self._client.log_inputs(self._run_id, datasets=[_dataset_input(entries[0])])
+            return 1
+        if entries[0]["kind"] == "model":
+            self._client.log_inputs(self._run_id, models=[LoggedModelInput(entries[0]["model_id"])])
             return 1
         joined = _joined(entries)
         try:

@@ -140,11 +140,20 @@ def resolved(model_uri: str) -> str:
         raise InputError(f"model_uri: there is no model at {model_uri}: {error.message}") from error
 
 
-def _download(uri: str) -> Path:
+def check_model_uri(uri: str) -> None:
+    """Check that a URI may be a model's, and that somebody is there to ask.
+
+    Raises:
+        InputError: if not.
+    """
     if "://" not in uri and ":/" not in uri and not Path(uri).is_dir():
         raise InputError(f"model_uri must be a registered model or a folder, got {uri}")
     if ":/" in uri:
         check_answers(mlflow.get_tracking_uri())
+
+
+def _download(uri: str) -> Path:
+    check_model_uri(uri)
     try:
         return Path(mlflow.artifacts.download_artifacts(uri))
     except (MlflowException, OSError) as error:

@@ -4,6 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+FIGURES = {
+    "baseline_acc_pixels": "raw pixels",
+    "baseline_acc_knn": "neighbours, backbone as it was",
+    "baseline_acc_linear": "linear classifier, backbone as it was",
+    "test_acc": "test_acc",
+    "test_acc_linear": "test_acc, linear classifier",
+    "test_f1": "test_f1, mean of the classes",
+}
+"""Metrics that the page of a finished run shows below ``val_acc``, and what they are called there."""
+
 
 def finished_note(
     config: Mapping[str, Any],
@@ -14,17 +24,19 @@ def finished_note(
     steps: int,
     name: str,
     version: str | None,
+    look: str,
 ) -> str:
     """Return the description of a finished run.
 
     Args:
         config: resolved config.
         run_id: of the run.
-        metrics: ``val_acc`` of the best checkpoint, ``val_acc_untrained``, ``test_acc*``; those that there are.
+        metrics: ``val_acc`` of the best checkpoint, ``val_acc_untrained``, and `FIGURES`; those that there are.
         data: what it was trained on, in words.
         steps: optimizer steps.
         name: registered name.
         version: registered version; None where it is still to come.
+        look: where there is something to see.
     """
     method = config["model"]["_target_"].rpartition(".")[2]
     lines = [
@@ -32,7 +44,7 @@ def finished_note(
         f"({steps:,} steps of {config['datamodule']['batch_size']} images per device) on {data}.",
         "",
         *_accuracies(metrics),
-        "Pictures over the steps: artifact `pictures/steps.html`; the embeddings: `pictures/projection.html`.",
+        look,
         "",
         *_block("Load", "python", _loading(name, version)),
         *_block("Go on for more epochs", "bash", f"mlflow run . -P resume={run_id} -P trainer.max_epochs=MORE"),
@@ -62,12 +74,10 @@ def _accuracies(metrics: Mapping[str, float]) -> list[str]:
     rows = []
     if "val_acc" in metrics:
         rows.append(("val_acc", f"{metrics.get('val_acc_untrained', float('nan')):.3f} → **{metrics['val_acc']:.3f}**"))
-    if "baseline_acc_pixels" in metrics:
-        rows.append(("raw pixels", f"{metrics['baseline_acc_pixels']:.3f}"))
-    if "test_acc" in metrics:
-        rows.append(("test_acc", f"**{metrics['test_acc']:.3f}**"))
-    if "test_acc_linear" in metrics:
-        rows.append(("test_acc, linear classifier", f"{metrics['test_acc_linear']:.3f}"))
+    for name, words in FIGURES.items():
+        if name in metrics:
+            shown = f"{metrics[name]:.3f}"
+            rows.append((words, f"**{shown}**" if name == "test_acc" else shown))
     if not rows:
         return ["The images have no classes: there is no accuracy.", ""]
     return ["| | untrained → trained |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]

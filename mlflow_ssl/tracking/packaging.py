@@ -3,7 +3,8 @@
 One model, two flavours that share one TorchScript file:
 
 - ``pytorch``, for `mlflow.pytorch.load_model` and, its file, for `torch.jit.load`: tensors in, tensors out.
-- ``python_function``, the service of `mlflow_ssl.tracking.service`: image files in, embeddings out.
+- ``python_function``, the service of `mlflow_ssl.tracking.service`: image files in; embeddings out, or of a classifier
+  the names and probabilities of classes.
 
 MLflow writes each of them, but has no call that writes both into one folder. So it writes them into two, and the
 TorchScript file and the description of its flavour move to the other.
@@ -46,6 +47,10 @@ MOST_ENTRIES = 100_000
 """Embeddings of the bank that a model holds."""
 EXAMPLE_SIDE = 256
 """Pixels of the longer side of the input example, at most."""
+NAMED_CLASSES = 20
+"""Classes that the description of a classifier names."""
+TOP_K = 5
+"""Classes that a classifier names for an image, unless it is asked for more."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,14 @@ def _write_model(
     target, pytorch = folder / MODEL, folder / "pytorch"
     example_batch = torch.rand(2, 3, *card.input_size, generator=torch.Generator().manual_seed(0))
     model = Model(metadata=dataclasses.asdict(card))
+    answering, params = _classifying(card) if card.output == "logits" else ({}, {"neighbours": 0})
     with _without_advice():
         mlflow.pyfunc.save_model(
             target,
             python_model=SERVICE,
-            model_config={"input_size": list(card.input_size), "transform": _transform_as_dict(transform)},
+            model_config={"input_size": list(card.input_size), "transform": _transform_as_dict(transform)} | answering,
             # with the example's params, since MLflow takes the signature's from there
-            input_example=([_as_base64(example)], {"neighbours": 0}),
+            input_example=([_as_base64(example)], params),
             pip_requirements=requirements(),
             mlflow_model=model,
         )
@@ -190,6 +196,11 @@ def _write_model(
     _add_files(model, target, bank)
     model.model_size_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     model.save(target / "MLmodel")
+
+
+def _classifying(card: ModelCard) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return what the service of a classifier has to know, and the parameters of a request with their defaults."""
+    return {"classes": list(card.classes)}, {"top_k": TOP_K}
 
 
 def _join(model: Model, target: Path, pytorch: Path) -> None:
@@ -271,13 +282,9 @@ def _description(registration: Registration, card: ModelCard, bank: LabelledEmbe
     """Return what the version's page says, in Markdown; ``VERSION`` stands for its number."""
     uri = f"models:/{registration.name}/VERSION"
     height, width = card.input_size
-    neighbours = (
-        'Add `"params": {"neighbours": 5}` for the five nearest training images, label and distance.\n'
-        if bank is not None
-        else ""
-    )
+    what, more = _classifier_words(card) if card.output == "logits" else _embedding_words(card, bank)
     return f"""\
-Self-supervised `{card.backbone}`: images to embeddings of {card.embedding_size} numbers.
+{what}
 
 **As a service** it takes image files in base64, of any size and mode, and does the preprocessing itself:
 
@@ -286,14 +293,32 @@ mlflow models serve -m "{uri}" --env-manager uv --port 5001
 curl localhost:5001/invocations -H 'Content-Type: application/json' -d '{{"inputs": ["<base64>"]}}'
 ```
 
-{neighbours}
+{more}
 **In Python** it takes RGB tensors `(N, 3, {height}, {width})`, float32 in [0, 1], and normalizes them itself:
 
 ```python
 network = mlflow.pytorch.load_model("{uri}")
-embeddings = network(images)
+{card.output} = network(images)
 ```
 """
+
+
+def _embedding_words(card: ModelCard, bank: LabelledEmbeddings | None) -> tuple[str, str]:
+    """Return what a network is, and what else its service can do."""
+    neighbours = 'Add `"params": {"neighbours": 5}` for the five nearest training images, label and distance.\n'
+    what = f"Self-supervised `{card.backbone}`: images to embeddings of {card.embedding_size} numbers."
+    return what, neighbours if bank is not None else ""
+
+
+def _classifier_words(card: ModelCard) -> tuple[str, str]:
+    """Return what a classifier is, and what its service answers."""
+    names = ", ".join(f"`{name}`" for name in card.classes[:NAMED_CLASSES])
+    others = f" and {len(card.classes) - NAMED_CLASSES} more" if len(card.classes) > NAMED_CLASSES else ""
+    return (
+        f"Classifier on `{card.backbone}`: images to {len(card.classes)} classes, {names}{others}.",
+        "It answers with `label`, `probability` and, in `top`, both for the likeliest classes: "
+        f'{TOP_K} of them, or as many as `"params": {{"top_k": 10}}` asks for.\n',
+    )
 
 
 def requirements() -> list[str]:

@@ -28,12 +28,13 @@ def new_run(experiment: str, run_name: str) -> str:
 def link_models(run_id: str, uris: Sequence[str]) -> None:
     """Make the logged models of registered versions inputs of a run; other models have no link."""
     client = MlflowClient()
-    ids = [model_id for uri in uris if (model_id := _logged_model_id(client, uri))]
+    ids = [model_id for uri in uris if (model_id := logged_model_id(client, uri))]
     if ids:
         client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in dict.fromkeys(ids)])
 
 
-def _logged_model_id(client: MlflowClient, uri: str) -> str | None:
+def logged_model_id(client: MlflowClient, uri: str) -> str | None:
+    """Return the logged model that a registered version is; None where it cannot be found, or ``uri`` is no version."""
     name, _, version = uri.removeprefix("models:/").partition("/")
     if not uri.startswith("models:/") or not version:
         return None

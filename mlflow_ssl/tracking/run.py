@@ -165,6 +165,11 @@ class Run:
         self._say({"kind": "dataset", "dataset": dataset._to_mlflow_entity().to_dictionary(), "context": context})
 
     @rank_zero_only
+    def log_model_input(self, model_id: str) -> None:
+        """Log a logged model as an input of the run: it is what the training starts from."""
+        self._say({"kind": "model", "model_id": model_id})
+
+    @rank_zero_only
     def log_file(self, file: Path, folder: str | None = None, *, kind: str = "file") -> None:
         """Upload a file or folder of the output folder."""
         self._files.journal.append({"kind": kind, "path": str(file.relative_to(self.output)), "folder": folder})

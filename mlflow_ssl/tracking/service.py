@@ -1,4 +1,4 @@
-"""The registered network as a service: image files in, embeddings out.
+"""The registered network as a service: image files in; embeddings, or classes and their probabilities, out.
 
 `mlflow_ssl.tracking.packaging` copies this file into each model, where MLflow runs it without this package. So it
 imports nothing of ours. What it must share with the training, how files are decoded and transforms drawn, it loads from
@@ -16,7 +16,7 @@ import uuid
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,79 @@ class BadInput(MlflowException):
         return json.dumps({"error_code": self.error_code, "message": self.reason})
 
 
+class Answers(Protocol):
+    """Makes rows of an answer of what the network gives."""
+
+    def check(self, params: dict[str, Any]) -> int:
+        """Return how many things are asked for with each image.
+
+        Raises:
+            BadInput: if it is not possible.
+        """
+        ...
+
+    def rows(self, outputs: Tensor, asked: int) -> list[Any]:
+        """Return a row for each of some outputs ``(B, D)``."""
+        ...
+
+
+class Embeddings:
+    """Each row an embedding, a list of D numbers; with neighbours a dictionary, see `Bank.nearest`."""
+
+    def __init__(self, bank: "Bank | None") -> None:
+        self._bank = bank
+
+    def check(self, params: dict[str, Any]) -> int:
+        """Return how many neighbours are asked for: the parameter ``neighbours``, by default none."""
+        asked = int(params.get("neighbours") or 0)
+        if asked and self._bank is None:
+            raise BadInput(f"params.neighbours must be 0, got {asked}: this model was trained on images without labels")
+        most = len(self._bank) if self._bank is not None else 0
+        if not 0 <= asked <= most:
+            raise BadInput(f"params.neighbours must be between 0 and the {most} images of the bank, got {asked}")
+        return asked
+
+    def rows(self, outputs: Tensor, asked: int) -> list[Any]:
+        """Return the embeddings; with neighbours, dictionaries of ``embedding`` and ``neighbours``."""
+        if not asked or self._bank is None:
+            return outputs.tolist()
+        neighbours = self._bank.nearest(outputs, asked)
+        return [
+            {"embedding": embedding, "neighbours": nearest}
+            for embedding, nearest in zip(outputs.tolist(), neighbours, strict=True)
+        ]
+
+
+class Classes:
+    """Each row a dictionary: ``label`` and ``probability`` of the likeliest class; in ``top``, those of the next too.
+
+    Args:
+        names: of the classes, in the order of the logits.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def check(self, params: dict[str, Any]) -> int:
+        """Return how many classes are named: the parameter ``top_k``, or all if there are fewer."""
+        asked = int(params.get("top_k", 1))
+        if asked < 1:
+            raise BadInput(f"params.top_k must be 1 or more, got {asked}")
+        return min(asked, len(self._names))
+
+    def rows(self, outputs: Tensor, asked: int) -> list[Any]:
+        """Return the likeliest classes by the logits ``(B, C)``, the likeliest first."""
+        likeliest, index = outputs.softmax(dim=1).topk(asked, dim=1)
+        rows = []
+        for probabilities, numbers in zip(likeliest.tolist(), index.tolist(), strict=True):
+            top = [
+                {"label": self._names[number], "probability": probability}
+                for number, probability in zip(numbers, probabilities, strict=True)
+            ]
+            rows.append({**top[0], "top": top})
+        return rows
+
+
 class Bank:
     """Training embeddings and their labels, to look for neighbours among.
 
@@ -85,25 +158,29 @@ class Bank:
         ]
 
 
-class EmbeddingService:
-    """Embeddings of whatever form of images a client has, by the preprocessing of the validation.
+class ImageService:
+    """Answers about whatever form of images a client has, by the preprocessing of the validation.
 
     Requests may come from several threads at once.
     """
 
     def load_context(self, context: Any) -> None:
-        """Load the network, its preprocessing and the bank.
+        """Load the network, its preprocessing, and what its answers are made of.
 
         Args:
             context: MLflow's: ``artifacts`` are the files ``network`` (TorchScript), ``decode`` and ``transforms``
-                (Python) and, if there is one, ``bank``; ``model_config`` holds ``input_size`` (height and width) and
-                ``transform`` (an albumentations transform as a dictionary, or None).
+                (Python) and, if there is one, ``bank``; ``model_config`` holds ``input_size`` (height and width),
+                ``transform`` (an albumentations transform as a dictionary, or None) and, of a classifier, ``classes``.
         """
         artifacts, config = context.artifacts, context.model_config
         self._decode = _load_module(artifacts["decode"]).decode
         self._transforms = _load_module(artifacts["transforms"])
         self._network = _load_network(artifacts["network"])
-        self._bank = Bank(artifacts["bank"]) if "bank" in artifacts else None
+        self._answers: Answers
+        if "classes" in config:
+            self._answers = Classes(config["classes"])
+        else:
+            self._answers = Embeddings(Bank(artifacts["bank"]) if "bank" in artifacts else None)
         self._input_shape = (3, *config["input_size"])
         self._transform_as_dict = config["transform"]
         self._of_thread = threading.local()
@@ -118,52 +195,34 @@ class EmbeddingService:
             model_input: images as a list, an array, a series or a frame of one column. Each is one of: the bytes of an
                 image file; the same in base64, also as a ``data:`` URL; RGB pixels ``(H, W, 3)``, integers 0..255, of
                 any size; an RGB tensor ``(3, H, W)`` of the network's size, in [0, 1], which is not transformed.
-            params: ``neighbours``: how many of the nearest training images to return, 0 for none.
+            params: ``neighbours``: how many of the nearest training images to return, 0 for none; of a classifier
+                ``top_k``: how many of the likeliest classes.
 
         Returns:
-            Embeddings, a list of D numbers for each image; where neighbours are asked for, a dictionary of
-            ``embedding`` and ``neighbours``, see `Bank.nearest`.
+            What `Embeddings.rows` or, of a classifier, `Classes.rows` say.
 
         Raises:
             BadInput: naming the first image that is wrong, and why.
         """
         images = _as_list(model_input)
-        num_neighbours = self._num_neighbours(params or {})
+        asked = self._answers.check(params or {})
         rows: list[Any] = []
         for start in range(0, len(images), BATCH_SIZE):
-            embeddings = self._embed(images[start : start + BATCH_SIZE], start)
-            rows += self._rows(embeddings, num_neighbours)
+            outputs = self._outputs(images[start : start + BATCH_SIZE], start)
+            rows += self._answers.rows(outputs, asked)
         return rows
 
-    def _num_neighbours(self, params: dict[str, Any]) -> int:
-        asked = int(params.get("neighbours") or 0)
-        if asked and self._bank is None:
-            raise BadInput(f"params.neighbours must be 0, got {asked}: this model was trained on images without labels")
-        most = len(self._bank) if self._bank is not None else 0
-        if not 0 <= asked <= most:
-            raise BadInput(f"params.neighbours must be between 0 and the {most} images of the bank, got {asked}")
-        return asked
-
-    def _rows(self, embeddings: Tensor, num_neighbours: int) -> list[Any]:
-        if not num_neighbours or self._bank is None:
-            return embeddings.tolist()
-        neighbours = self._bank.nearest(embeddings, num_neighbours)
-        return [
-            {"embedding": embedding, "neighbours": nearest}
-            for embedding, nearest in zip(embeddings.tolist(), neighbours, strict=True)
-        ]
-
     @torch.inference_mode()
-    def _embed(self, images: list[Any], start: int) -> Tensor:
-        """Return the embeddings ``(B, D)`` of a batch that begins with image number ``start`` of the request."""
+    def _outputs(self, images: list[Any], start: int) -> Tensor:
+        """Return what the network gives, ``(B, D)``, of a batch that begins with image number ``start``."""
         prepared = []
         for number, image in enumerate(images, start):
             try:
                 prepared.append(self._prepare(image))
             except ValueError as error:
                 raise BadInput(f"image {number} {error}") from error
-        embeddings: Tensor = self._network(torch.stack(prepared))
-        return embeddings
+        outputs: Tensor = self._network(torch.stack(prepared))
+        return outputs
 
     def _prepare(self, image: Any) -> Tensor:
         """Return an image as the network takes it, ``(3, H, W)`` in [0, 1].
@@ -218,7 +277,7 @@ class EmbeddingService:
         return self._transforms.apply(self._of_thread.transform, pixels, draw=(0,))
 
 
-class _Model(EmbeddingService, PythonModel):
+class _Model(ImageService, PythonModel):
     """What MLflow calls.
 
     It inherits ``predict``: where a `PythonModel` defines it, MLflow refuses arrays before we see them.

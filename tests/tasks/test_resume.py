@@ -166,13 +166,13 @@ UNKNOWN = [
     "hydra.utils.instantiate",
     # through the modules that known ones import
     "mlflow_ssl.datasets.contents.os.system",
-    "mlflow_ssl.tasks.ssl.torch.load",
+    "mlflow_ssl.tasks.finetune.write_classes",
     "torch.nn.modules.module.torch.hub.load",
     "albumentations.core.serialization.yaml.load",
     # ours, but they run what they are given
     "mlflow_ssl.cli.main",
     "mlflow_ssl.config.build",
-    "mlflow_ssl.tasks.ssl.build",
+    "mlflow_ssl.tasks.training.train",
     "mlflow_ssl.tasks.reproduce.reproduce",
     "torch.nn.Module.__subclasses__",
 ]
@@ -209,6 +209,7 @@ def test_it_is_refused_at_any_depth(place):
         "pytorch_lightning.callbacks.EarlyStopping",
         "pytorch_lightning.strategies.DDPStrategy",
         "mlflow_ssl.tasks.ssl.BYOL",
+        "mlflow_ssl.tasks.finetune.Finetune",
     ],
 )
 def test_parts_that_others_use_are_known(config, target):

@@ -23,7 +23,14 @@ METRICS = {
 
 def finished(metrics=METRICS, version="3"):
     return finished_note(
-        CONFIG, run_id="abc", metrics=metrics, data="1,797 images", steps=12345, name="digits", version=version
+        CONFIG,
+        run_id="abc",
+        metrics=metrics,
+        data="1,797 images",
+        steps=12345,
+        name="digits",
+        version=version,
+        look="Look at `steps.html`.",
     )
 
 
@@ -49,6 +56,21 @@ def test_a_finished_run_shows_its_accuracies_as_a_table():
         "| test_acc | **0.950** |",
         "| test_acc, linear classifier | 0.960 |",
     ]
+
+
+def test_a_finetuned_run_shows_what_there_was_before_and_a_mean_of_the_classes():
+    metrics = {"val_acc": 0.9, "val_acc_untrained": 0.1, "baseline_acc_knn": 0.7, "baseline_acc_linear": 0.8}
+    table = [line for line in finished(metrics | {"test_acc": 0.9, "test_f1": 0.85}).splitlines() if "|" in line][3:]
+    assert table == [
+        "| neighbours, backbone as it was | 0.700 |",
+        "| linear classifier, backbone as it was | 0.800 |",
+        "| test_acc | **0.900** |",
+        "| test_f1, mean of the classes | 0.850 |",
+    ]
+
+
+def test_a_finished_run_says_where_to_look():
+    assert "\nLook at `steps.html`.\n" in finished()
 
 
 def test_without_classes_there_is_no_table():

@@ -9,10 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from packages import MEAN, STD, bank, noise, package, resnet, tiny_network, validation_transform, write_every_mode
+from packages import (
+    CLASSES,
+    MEAN,
+    STD,
+    bank,
+    noise,
+    package,
+    resnet,
+    tiny_network,
+    validation_transform,
+    write_every_mode,
+)
 from PIL import Image
 
 from mlflow_ssl.datasets.decode import decode
+from mlflow_ssl.export import DeploymentNetwork
 from mlflow_ssl.transforms import apply, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow warns about its own type hints
@@ -149,6 +161,43 @@ def test_neighbours_are_refused_where_the_images_had_no_labels(tmp_path):
     assert np.shape(service.predict([noise()])) == (1, 6)
     with pytest.raises(mlflow.MlflowException, match="must be 0, got 3: this model was trained on images without"):
         service.predict([noise()], params={"neighbours": 3})
+
+
+# classes
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Return the service of a classifier, and its network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DeploymentNetwork(resnet().backbone, MEAN, STD, head=torch.nn.Linear(512, 3))
+    network.backbone.made_by = 'timm.create_model("resnet10t", num_classes=0)'
+    folder = package(tmp_path_factory.mktemp("classifier") / "package", network, bank=None)
+    return mlflow.pyfunc.load_model(str(folder / "model")), network
+
+
+def test_a_classifier_answers_with_names_and_probabilities_the_likeliest_first(classifier, files):
+    service, network = classifier
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (expected,) = network(image).softmax(1)
+    (row,) = service.predict(image.numpy())
+    assert [each["label"] for each in row["top"]] == [CLASSES[number] for number in expected.argsort(descending=True)]
+    assert [each["probability"] for each in row["top"]] == pytest.approx(sorted(expected.tolist())[::-1], abs=1e-5)
+    assert (row["label"], row["probability"]) == (row["top"][0]["label"], row["top"][0]["probability"])
+    assert len(service.predict([coded(file.read_bytes()) for file in files])) == len(files)
+
+
+@pytest.mark.parametrize(("asked", "named"), [(1, 1), (2, 2), (100, 3)])
+def test_as_many_classes_are_named_as_are_asked_for_and_there(classifier, asked, named):
+    (row,) = classifier[0].predict([GOOD], params={"top_k": asked})
+    assert len(row["top"]) == named
+
+
+def test_less_than_one_class_is_refused(classifier):
+    with pytest.raises(mlflow.MlflowException, match=r"params\.top_k must be 1 or more, got 0"):
+        classifier[0].predict([GOOD], params={"top_k": 0})
 
 
 # mistakes of the client
