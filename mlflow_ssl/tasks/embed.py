@@ -21,7 +21,7 @@ from mlflow_ssl.datamodules.loading import free_memory, nbytes, plan_loading, us
 from mlflow_ssl.datasets.bad_images import BAD_LABEL, BadImageList
 from mlflow_ssl.datasets.image import ImageDataset
 from mlflow_ssl.datasets.progress import Counting
-from mlflow_ssl.datasets.vector_index import INDEX, build_index, check_faiss
+from mlflow_ssl.datasets.vector_index import INDEX, build_index
 from mlflow_ssl.datasets.vectors import BAD_IMAGES, MANIFEST, Manifest, VectorStore
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.tracking.embedder import Embedder, open_embedder
@@ -55,8 +55,6 @@ def embed(words: Sequence[str]) -> VectorStore:
     given, overrides = split_words(words, own=OWN)
     indexed = _chosen(given, "index", (True, False), default=False)
     upload = _chosen(given, "upload", (True, False, "auto"), default="auto")
-    if indexed:
-        check_faiss()
     if upload is True and "MLFLOW_RUN_ID" not in os.environ:
         raise InputError("upload=true needs a run that gets the embeddings, which `mlflow run . -e embed` opens")
     embedder = open_network(required(given, "model_uri"), given)

@@ -1,6 +1,3 @@
-import builtins
-import importlib.util
-
 import numpy as np
 import pandas
 import pyarrow as pa
@@ -8,13 +5,11 @@ import pytest
 import torch
 
 from mlflow_ssl.datasets import vector_index, vectors
-from mlflow_ssl.datasets.vector_index import INDEX, ask, build_index, check_faiss, open_index
+from mlflow_ssl.datasets.vector_index import INDEX, ask, build_index, open_index
 from mlflow_ssl.datasets.vectors import MANIFEST, Manifest, VectorStore
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.knn import nearest
 from mlflow_ssl.tasks.search import nearest_images
-
-pytestmark = pytest.mark.skipif(not vector_index.has_faiss(), reason="needs faiss")
 
 
 def images(rows, first=0):
@@ -117,23 +112,3 @@ def test_a_manifest_without_the_index_makes_it_a_stranger(store):
     (store.folder / MANIFEST).write_text(text[: text.index(',\n  "index"')] + "}")
     with pytest.raises(InputError, match="is stale: the manifest does not name it"):
         open_index(VectorStore.open(store.folder))
-
-
-def test_without_faiss_the_search_goes_on_and_the_building_is_refused(store, monkeypatch):
-    build_index(store)
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else find_spec(name))
-    monkeypatch.setattr(builtins, "__import__", _without_faiss(builtins.__import__))
-    assert open_index(store) is None
-    with pytest.raises(
-        InputError, match=r"^index=true needs faiss, which is missing: pip install 'mlflow_ssl\[faiss\]'$"
-    ):
-        check_faiss()
-
-
-def _without_faiss(imported):
-    def find(name, *arguments):
-        assert name != "faiss"
-        return imported(name, *arguments)
-
-    return find

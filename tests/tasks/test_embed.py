@@ -159,7 +159,6 @@ def test_a_launched_run_holds_the_embeddings(store, model, images, monkeypatch):
 
 
 def test_an_index_is_written_beside_the_embeddings_and_asked(model, images, tmp_path, capsys, small_parts):
-    pytest.importorskip("faiss")
     plain = embed(words(model, images, f"output={tmp_path / 'out'}"))
     query = [f"embeddings={plain.folder}", f"image={images / 'dog' / '004.png'}", "neighbours=4"]
     (exact,) = search(query)
