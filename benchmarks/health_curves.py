@@ -2,8 +2,8 @@
 
     python benchmarks/health_curves.py [--results FILE] [--picture docs/health.png]
 
-Trains the recipes of `benchmarks/collapse.py` with one seed for the first eight of their 30 epochs, whatever the verdict
-says, and draws the readings of each validation. The file of results keeps them, so that drawing again is cheap.
+Trains the recipes of `benchmarks/collapse.py` with one seed for the first eight of their 30 epochs, whatever the
+verdict says, and draws the readings of each validation. The file of results keeps them: drawing again is cheap.
 """
 
 import argparse
