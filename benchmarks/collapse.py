@@ -128,7 +128,8 @@ def train_all(jobs: Mapping[str, Sequence[Any]], file: Path, minutes: float = fl
         running: dict[Future[dict[str, Any]], str] = {}
         while left or running:
             while left and len(running) < 2 and time.monotonic() < ends:
-                running[pool.submit(train, *jobs[left[0]])] = left.pop(0)
+                name = left.pop(0)
+                running[pool.submit(train, *jobs[name])] = name
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
