@@ -1,11 +1,15 @@
 """What this machine does best, and what it cannot do: ``auto`` in a config becomes a value here."""
 
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 from omegaconf import DictConfig
 
+from mlflow_ssl.datamodules.loading import usable_cores
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -29,7 +33,14 @@ def settle(config: DictConfig) -> None:
         config.model.channels_last = True  # never slower for convolutions, and no change of results
     if asked_auto:
         layout = "channels_last" if config.model.get("channels_last") else "contiguous"
-        log.info("trainer on this machine: %s, %s, %s", trainer.accelerator, trainer.precision, layout)
+        chosen = [trainer.accelerator, trainer.precision, layout]
+        if trainer.accelerator == "cpu":
+            torch.set_num_threads(
+                best_threads(os.environ, cores=usable_cores(), physical=psutil.cpu_count(logical=False))
+            )
+            threads = torch.get_num_threads()
+            chosen.append(f"{threads} thread{'s' * (threads > 1)}")
+        log.info("trainer on this machine: %s", ", ".join(chosen))
 
 
 def fitting_devices(accelerator: str, devices: Any, *, num_gpus: int) -> Any:
@@ -56,6 +67,28 @@ def fitting_devices(accelerator: str, devices: Any, *, num_gpus: int) -> Any:
     if missing:
         raise InputError(f"trainer.devices must name GPUs 0 to {num_gpus - 1} of this machine, got {list(devices)}")
     return devices
+
+
+def best_threads(environment: Mapping[str, str], *, cores: int, physical: int | None) -> int:
+    """Return how many threads compute on a CPU: one a processor core, of those that this process may use.
+
+    torch counts the cores of the machine, also in a container that may use two of its sixty-four.
+
+    Args:
+        environment: ``OMP_NUM_THREADS`` in it, if it is a number, is taken as it is.
+        cores: logical ones that this process may use.
+        physical: of the machine; None if it does not say.
+
+    Example:
+        >>> best_threads({}, cores=8, physical=4), best_threads({}, cores=2, physical=32)
+        (4, 2)
+        >>> best_threads({"OMP_NUM_THREADS": "3"}, cores=8, physical=4)
+        3
+    """
+    asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return min(cores, physical or cores)
 
 
 def best_precision(accelerator: str) -> str:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mlflow_ssl import machine as machine_module
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.machine import best_precision, fitting_devices, settle
 
@@ -102,8 +103,37 @@ def test_settle_refuses_a_gpu_trainer_without_gpu(machine):
         settle(config("gpu", [0], "bf16-mixed"))
 
 
-def test_the_choice_is_logged(machine, caplog):
+@pytest.fixture
+def threads(monkeypatch):
+    """Return the numbers of threads that torch is told, and tell it none."""
+    told = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(machine_module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(machine_module.psutil, "cpu_count", lambda logical: 64 if logical else 32)
+    return told
+
+
+def test_the_choice_is_logged(machine, threads, caplog):
     machine()
     with caplog.at_level("INFO", logger="mlflow_ssl.machine"):
         settle(config(channels_last="auto"))
-    assert caplog.messages == ["trainer on this machine: cpu, 32-true, channels_last"]
+    assert caplog.messages == ["trainer on this machine: cpu, 32-true, channels_last, 6 threads"]
+
+
+def test_a_cpu_computes_with_the_cores_it_may_use_unless_the_environment_says_otherwise(machine, threads, monkeypatch):
+    machine()
+    settle(config())
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    settle(config())
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    settle(config())
+    assert threads == [6, 3, 6]
+
+
+def test_threads_are_left_alone_beside_a_gpu_and_where_nothing_is_auto(machine, threads):
+    machine(gpus=1)
+    settle(config(devices=[0]))
+    settle(config("cpu", 1, "32-true"))
+    assert threads == []

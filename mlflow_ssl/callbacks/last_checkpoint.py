@@ -106,7 +106,7 @@ class LastCheckpoint(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint, after everything that was logged before it."""
         for logger in trainer.loggers:
-            logger.save()
+            getattr(logger, "sync", logger.save)()
         self._saving = True
         try:
             trainer.save_checkpoint(self.path)

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 
@@ -32,7 +33,7 @@ class StepMetrics(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the rate that this step will use; after the step the schedule has moved on."""
-        pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+        _log(pl_module, "train/lr", trainer.optimizers[0].param_groups[0]["lr"])
         self._waits.append(time.perf_counter() - self._marks[-1][0])
 
     def on_train_batch_end(
@@ -43,5 +44,10 @@ class StepMetrics(Callback):
         self._marks.append((time.perf_counter(), len(labels) * trainer.world_size))
         seconds = self._marks[-1][0] - self._marks[0][0]
         images = sum(count for _, count in list(self._marks)[1:])
-        pl_module.log("train/images_per_second", images / max(seconds, 1e-9))
-        pl_module.log("train/data_wait_share", sum(self._waits) / max(seconds, 1e-9))
+        _log(pl_module, "train/images_per_second", images / max(seconds, 1e-9))
+        _log(pl_module, "train/data_wait_share", sum(self._waits) / max(seconds, 1e-9))
+
+
+def _log(pl_module: LightningModule, name: str, value: float) -> None:
+    """Log a number as a tensor of the host: Lightning would make one on the device, and wait for the device."""
+    pl_module.log(name, torch.tensor(value))

@@ -1,8 +1,10 @@
 """How batches are loaded: by how many workers, how far ahead, and from what."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +16,9 @@ MOST_WORKERS = 16
 
 MEMORY_SHARE = 0.1
 """Share of the free memory that batches may fill while they wait."""
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time that a container may use, and of which period."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,14 @@ def plan_loading(
     return LoadingPlan(workers, max(1, min(4 if gpu else 2, room // workers)), gpu)
 
 
-def usable_cores() -> int:
-    """Return the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(quota_file: Path = CPU_QUOTA) -> int:
+    """Return the processors that this process may use: by its affinity, and in a container by its share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(min(cores, math.ceil(int(quota) / int(period))), 1)
+    except (OSError, ValueError):  # no such file, or no limit: `max`
+        return cores
 
 
 def free_memory() -> int:

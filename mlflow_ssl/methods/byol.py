@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,4 +79,5 @@ class BYOL(SSLMethod):
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the tau of the last update."""
         if hasattr(self, "tau"):
-            self.log("train/tau", self.tau)
+            # a tensor of the host: Lightning would make one on the device, and wait until all before it is done
+            self.log("train/tau", torch.tensor(self.tau))

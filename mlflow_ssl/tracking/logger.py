@@ -40,5 +40,8 @@ class MLflowLogger(Logger):
         self.run.log_metrics(metrics, self.run.step())
 
     def save(self) -> None:
+        """Do nothing: Lightning calls it after all metrics of a step, and a disk takes milliseconds to hold them."""
+
+    def sync(self) -> None:
         """Have the disk hold what was logged: a checkpoint is about to be written that goes on after it."""
         self.run.sync()

@@ -26,6 +26,16 @@ def test_auto_leaves_the_network_what_it_needs(machine, workers):
     assert plan(**machine).workers == workers
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 6), ("250000 100000", 3), ("1000 100000", 1), ("900000 100000", 6), ("", 6)]
+)
+def test_a_container_has_the_cores_that_its_share_of_time_comes_to(quota, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    (tmp_path / "cpu.max").write_text(quota)
+    assert loading.usable_cores(tmp_path / "cpu.max") == cores
+    assert loading.usable_cores(tmp_path / "none") == 6
+
+
 @pytest.mark.parametrize(("asked", "got"), [(0, 0), (3, 3), (64, 8)])
 def test_a_number_is_kept_up_to_the_cores(asked, got):
     assert plan(asked).workers == got

@@ -6,6 +6,7 @@ import pytest
 from pytorch_lightning.utilities import rank_zero_only
 from tiny import fit, pairs, tiny_method
 
+from mlflow_ssl.callbacks import LastCheckpoint
 from mlflow_ssl.tracking.logger import MLflowLogger
 from mlflow_ssl.tracking.run import Run, RunRecord
 
@@ -68,11 +69,13 @@ def test_many_metrics_make_few_requests(store, run, monkeypatch):
     assert len(requests) <= 5
 
 
-def test_saving_has_the_disk_hold_what_was_logged(run, monkeypatch):
+def test_the_disk_is_waited_for_before_a_checkpoint_and_at_no_step(run, monkeypatch, tmp_path):
     held = []
     monkeypatch.setattr(os, "fsync", held.append)
-    MLflowLogger(run).save()
-    assert len(held) == 2  # records and files
+    trainer = fit(tiny_method(), pairs(3), logger=MLflowLogger(run), log_every_n_steps=1, max_epochs=1)
+    assert held == []
+    LastCheckpoint(str(tmp_path)).save(trainer)
+    assert len([number for number in held if number in (run._records.journal._lines, run._files.journal._lines)]) == 2
 
 
 def test_in_another_process_of_the_training_nothing_is_said(tmp_path, monkeypatch):
@@ -80,7 +83,7 @@ def test_in_another_process_of_the_training_nothing_is_said(tmp_path, monkeypatc
     run = Run(None, RunRecord("", "", ""), tmp_path)
     logger = MLflowLogger(run)
     logger.log_metrics({"a": 1.0})
-    logger.save()
+    logger.sync()
     run.log_checkpoints()
     assert list(tmp_path.iterdir()) == []
     assert (logger.name, logger.version, run.first) == ("mlflow", "", {})
