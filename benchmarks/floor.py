@@ -1,11 +1,12 @@
 """How close this package is to what cannot be beaten, in one run and in turns.
 
-    python benchmarks/floor.py [step] [data] [knn] [start] [--rounds N] [--steps N] [--only WORDS] [KEY=VALUE ...]
+    python benchmarks/floor.py [step] [memory] [data] [knn] [start] [--rounds N] [--steps N] [--only WORDS] [KEY=VALUE]
 
 - ``step``: forward and backward of the same networks alone (two views through the online network, two through the
   target; no optimizer, no target update, no data, no logging), over the step of a training by Lightning with all that
   a training has: images from files, loss, LARS, target, metrics into an MLflow run, all callbacks. In float32 and
-  bfloat16, channels last; peak memory of each in processes of their own, above what stood there after the imports.
+  bfloat16, channels last.
+- ``memory``: peak of each in a process of its own, above what stood there after the imports.
 - ``data``: decoding alone over making a batch of pairs of views.
 - ``knn``: one matrix product of queries and bank over finding the 20 nearest.
 - ``start``: ``import torch`` over the time from the command to the first step of ``experiment=byol``.
@@ -220,8 +221,7 @@ def measure_step(rounds: int, steps: int, only: str, words: Sequence[str]) -> No
     import torch
 
     device = torch.cuda.get_device_name() if on_gpu() else f"{os.cpu_count()} cores"
-    print("\n| step | bare, ms | whole, ms | bare / whole | of processor time | MiB bare | MiB whole | ratio |")
-    print("|" + " --- |" * 8)
+    print("\n| step | bare, ms | whole, ms | bare / whole | of processor time |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         for case in (case for case in cases() if only in str(case)):
             config = config_of(case, Path(scratch), steps, words)
@@ -232,13 +232,18 @@ def measure_step(rounds: int, steps: int, only: str, words: Sequence[str]) -> No
             walls = [floor.wall / ours.wall for floor, ours in pairs]
             processors = [floor.processor / ours.processor for floor, ours in pairs]
             bares, wholes = ([1000 * timing.wall for timing in side] for side in zip(*pairs, strict=True))
-            peaks = [peak_of(case, kind, scratch, words) for kind in ("bare", "whole")]
-            print(
-                f"| {case} | {least(bares)} | {least(wholes)} | {spread(walls)} | {spread(processors)} | "
-                f"{peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[1] / peaks[0]:.2f} |",
-                flush=True,
-            )
+            cells = (least(bares), least(wholes), spread(walls), spread(processors))
+            print(f"| {case} | {' | '.join(cells)} |", flush=True)
     print(f"\n{rounds} rounds of {steps} steps on {device}, {torch.get_num_threads()} threads")
+
+
+def measure_memory(only: str, words: Sequence[str]) -> None:
+    """Print the table of the peak memory."""
+    print("\n| peak memory | bare, MiB | whole, MiB | whole / bare |\n| --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in (case for case in cases() if only in str(case)):
+            floor, ours = (peak_of(case, kind, scratch, words) for kind in ("bare", "whole"))
+            print(f"| {case} | {floor:.0f} | {ours:.0f} | {ours / floor:.2f} |", flush=True)
 
 
 def peak_of(case: Case, kind: str, folder: str, words: Sequence[str]) -> float:
@@ -400,6 +405,7 @@ def main() -> None:
     settings = [word for word in asked.words if "=" in word]
     tables: dict[str, Callable[[], None]] = {
         "step": lambda: measure_step(asked.rounds, asked.steps, asked.only, settings),
+        "memory": lambda: measure_memory(asked.only, settings),
         "data": lambda: measure_data(asked.rounds),
         "knn": lambda: measure_knn(asked.rounds),
         "start": lambda: measure_start(asked.rounds),
