@@ -248,7 +248,7 @@ def measure_memory(only: str, words: Sequence[str]) -> None:
 
 def peak_of(case: Case, kind: str, folder: str, words: Sequence[str]) -> float:
     """Return what `memory` finds in a process of its own."""
-    command = [sys.executable, __file__, "memory", json.dumps([*case]), kind, folder, *words]
+    command = [sys.executable, __file__, "one", json.dumps([*case]), kind, folder, *words]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(out.split()[-1])
 
@@ -391,7 +391,7 @@ def quiet() -> Iterator[None]:
 
 def main() -> None:
     """Print the tables that were asked for."""
-    if sys.argv[1:2] == ["memory"]:
+    if sys.argv[1:2] == ["one"]:
         case, kind, folder, *words = sys.argv[2:]
         with quiet():
             print(memory(Case(*json.loads(case)), kind, Path(folder), 2, words))

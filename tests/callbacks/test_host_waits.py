@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from launches import Launches
 from pytorch_lightning import Callback
 from test_linear_probe import Images, coloured
 from tiny import fit, tiny_method
@@ -34,14 +35,14 @@ class Reads(TorchDispatchMode):
 class Watch(Callback):
     """Note what is read between the beginnings of two batches, and what is logged of it."""
 
-    def __init__(self):
-        self.reads, self.logged, self._mode = [], [], None
+    def __init__(self, mode=Reads):
+        self.reads, self.logged, self._mode, self._make = [], [], None, mode
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._leave()
         log = type(pl_module).log
         pl_module.log = lambda name, value, **kw: self.logged.append((name, value)) or log(pl_module, name, value, **kw)
-        self._mode = Reads()
+        self._mode = self._make()
         self._mode.__enter__()
 
     def _leave(self):
@@ -53,8 +54,8 @@ class Watch(Callback):
     on_train_epoch_end = on_exception = lambda self, *_: self._leave()
 
 
-def watched(tmp_path, *more):
-    watch = Watch()
+def watched(tmp_path, *more, mode=Reads):
+    watch = Watch(mode)
     made = [
         watch,
         ours.KNNEvaluation(),
@@ -90,3 +91,12 @@ def test_each_number_that_a_step_logs_is_a_tensor_already(tmp_path):
     names = {"train/loss", "train/tau", "train/lr", "train/images_per_second", "train/data_wait_share"}
     assert {name for name, _ in logged} == names
     assert all(isinstance(value, torch.Tensor) for _, value in logged)
+
+
+def test_a_step_adds_few_operations_to_forward_and_backward(tmp_path):
+    method, (views, _) = tiny_method(), coloured(1)[0]
+    with Launches() as bare:
+        method.loss(method.predictor(method.online(views[0])), method.target(views[1])).mean().backward()
+    whole = watched(tmp_path, mode=Launches).reads
+    # the first step makes what the others use again
+    assert max(len(names) - 2 * bare.count for names in whole[1:]) <= 75
