@@ -10,6 +10,7 @@ from pathlib import Path
 from mlflow_ssl import __version__
 from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
 from mlflow_ssl.signals import stop_signals
+from mlflow_ssl.startup import collector_at_rest
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +100,13 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _train(overrides: list[str]) -> None:
-    from mlflow_ssl.config import compose_config
+    with collector_at_rest():
+        from mlflow_ssl.config import compose_config
 
-    config = compose_config(overrides)
-    from mlflow_ssl.tasks.training import train
+        config = compose_config(overrides)
+        from mlflow_ssl.tasks.training import train
 
-    train(config, overrides)
+        train(config, overrides)
 
 
 def _finetune(words: Sequence[str]) -> None:

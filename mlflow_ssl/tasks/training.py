@@ -20,13 +20,14 @@ from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.machine import settle
 from mlflow_ssl.methods import Method
 from mlflow_ssl.signals import stop_signals
+from mlflow_ssl.startup import Ahead, collect_again
 from mlflow_ssl.tasks.deploy import deploy
 from mlflow_ssl.tasks.output import BAD_IMAGES, open_output, write_data
 from mlflow_ssl.tasks.resume import find_start
 from mlflow_ssl.tasks.summary import Outcome, closing_words, data_words
 from mlflow_ssl.tasks.task import Task
 from mlflow_ssl.tracking.dataset import split_datasets
-from mlflow_ssl.tracking.lifecycle import NOTE_TAG, tracked_run
+from mlflow_ssl.tracking.lifecycle import NOTE_TAG, prepare_store, tracked_run
 from mlflow_ssl.tracking.logger import MLflowLogger
 from mlflow_ssl.tracking.note import finished_note, running_note
 from mlflow_ssl.tracking.opening import run_link, ui_command
@@ -64,9 +65,15 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
         task: Task = build(config.task)
         settle(config)
         datamodule: ClassificationDataModule = build(config.datamodule)
+        images = Ahead(datamodule.prepare_data)
+        images.glance(seconds=1.0)  # small data, and most mistakes in data, come to an end before any store is made
+        prepare_store(config.tracking.uri)
+        images.result()
         task.fit_to_data(config, datamodule)
         digest = datamodule.index.digest
         start.check_data(digest, changed_allowed=unresolved.resume_changed_data)
+        seed_everything(config.core.seed, workers=True, verbose=False)
+        method: Method = build(config.model)
         if start.run_id is None:  # before there is a run, so that any run can be resumed
             write_composed(unresolved, overrides, output)
             write_resolved(config, output)
@@ -74,13 +81,12 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
             if start.run_id:
                 log.info("going on with run %s from %s", start.run_id, start.checkpoint or "its beginning")
             datamodule.bad_image_list = BadImageList(output / "data" / BAD_IMAGES)
-            _describe(run, config, datamodule, output, tags or {})
+            _describe(run, config, datamodule, output, tags or {}, resumed=start.run_id is not None)
             task.begin(run, config, datamodule)
-            seed_everything(config.core.seed, workers=True, verbose=False)
-            method: Method = build(config.model)
             callbacks = {name: build(node) for name, node in config.callbacks.items() if node is not None}
             trainer = _build_trainer(config, run, callbacks, output)
 
+            collect_again()
             if start.checkpoint is None:
                 trainer.validate(method, datamodule, verbose=False)  # what can be done without any training
             with stop_signals.awaited():
@@ -108,10 +114,17 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
 
 @rank_zero_only
 def _describe(
-    run: Run, config: DictConfig, datamodule: ClassificationDataModule, output: Path, tags: Mapping[str, str]
+    run: Run,
+    config: DictConfig,
+    datamodule: ClassificationDataModule,
+    output: Path,
+    tags: Mapping[str, str],
+    *,
+    resumed: bool,
 ) -> None:
     """Put config, packages and data on record: in the output folder first, then in MLflow."""
-    write_resolved(config, output)
+    if resumed:
+        write_resolved(config, output)
     (output / "packages.txt").write_text(installed_packages())
     write_data(datamodule, output / "data")
     run.log_params(_plain(config))

@@ -39,6 +39,16 @@ QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 """MLflow prints the server's address with the password in it."""
 
 
+def prepare_store(uri: str | None) -> None:
+    """Make sure that the tracking store answers, and create it if it is new; no run is opened.
+
+    Raises:
+        InputError: if it does not answer, or refuses.
+    """
+    if is_first_process():
+        connect(uri)
+
+
 @contextlib.contextmanager
 def tracked_run(
     config: Mapping[str, Any], *, output: Path, run_id: str | None = None, data_digest: str | None = None

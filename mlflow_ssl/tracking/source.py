@@ -1,6 +1,7 @@
 """Which code made a run."""
 
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -48,5 +49,18 @@ def version_tags() -> dict[str, str]:
 
 def installed_packages() -> str:
     """Return every installed package, pinned, one a line."""
-    pins = {f"{found.name}=={found.version}" for found in distributions() if found.name}
+    described = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "" for found in distributions())
+    pins = {pin for metadata in described if (pin := _pin(metadata))}
     return "\n".join(sorted(pins, key=str.lower)) + "\n"
+
+
+def _pin(metadata: str) -> str | None:
+    r"""Return name and version of a package, without parsing its whole description.
+
+    Example:
+        >>> _pin("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n\nName: of something else")
+        'torch==2.11.0'
+    """
+    head = metadata.partition("\n\n")[0]
+    name, version_ = (re.search(rf"^{key}:\s*(\S+)", head, re.MULTILINE) for key in ("Name", "Version"))
+    return f"{name[1]}=={version_[1]}" if name and version_ else None
