@@ -23,7 +23,11 @@ from mlflow_ssl.errors import InputError
 from mlflow_ssl.schema import check_plain_groups
 from mlflow_ssl.secret import redact, redacted
 
-ALIASES = {"data_path": "datamodule.data_path", "optimizer.lr": "scheduler.init_lr"}
+ALIASES = {
+    "data_path": "datamodule.data_path",
+    "optimizer.lr": "scheduler.init_lr",
+    "profile": "callbacks.profile.enabled",
+}
 """Short or customary keys, and where the value really stands: the schedule owns the learning rate."""
 
 KNOWN_PARTS = (

@@ -12,6 +12,7 @@ from mlflow_ssl.callbacks.linear_probe import LinearProbe
 from mlflow_ssl.callbacks.monitors import Monitors
 from mlflow_ssl.callbacks.pictures import Pictures
 from mlflow_ssl.callbacks.pixel_baseline import PixelBaseline
+from mlflow_ssl.callbacks.profile import Profile
 from mlflow_ssl.callbacks.progress import Progress
 from mlflow_ssl.callbacks.step_metrics import StepMetrics
 
@@ -28,6 +29,7 @@ __all__ = [
     "Monitors",
     "Pictures",
     "PixelBaseline",
+    "Profile",
     "Progress",
     "StepMetrics",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 
 from mlflow_ssl.losses import byol_loss
@@ -74,7 +75,8 @@ class BYOL(SSLMethod):
 
     def _follow(self, *_: Any) -> None:
         tau = cosine_tau(self.global_step, total_steps=self.total_steps, base=self.base_tau)
-        update_target(self.target, self.online, tau=tau)
+        with record_function("target update"):  # `mlflow_ssl.evaluation.step_parts` finds it by this name in a trace
+            update_target(self.target, self.online, tau=tau)
         self.tau = tau
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "tracking.",
     "callbacks.progress.",
     "callbacks.checkpoint_upload.",
+    "callbacks.profile.",
     "callbacks.last_checkpoint.every_seconds",
     "core.log_level",
 )
