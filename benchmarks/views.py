@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peer_environments import LIGHTLY, peer_python
 
-LIGHTLY = "lightly==1.6.0"
 SECONDS = 2.0
 SIZES = (224, 64)
 
@@ -47,11 +47,11 @@ for _ in sys.stdin:
 """
 
 
-def write_images(folder: Path, count: int = 16) -> list[Path]:
+def write_images(folder: Path, count: int = 16, *, seed: int = 0) -> list[Path]:
     """Write JPEG files of 256 px with structure at all scales, as photographs have."""
     from PIL import Image
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     paths = []
     for number in range(count):
         pixels = np.zeros((256, 256, 3))
@@ -64,19 +64,9 @@ def write_images(folder: Path, count: int = 16) -> list[Path]:
     return paths
 
 
-def peer_python() -> str:
-    """Return the interpreter of the environment that lightly is in."""
-    folder = Path(tempfile.gettempdir(), "mlflow_ssl-benchmark-lightly")
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), LIGHTLY], check=True)
-    return str(python)
-
-
 def start_peer(size: int, paths: list[Path]) -> tuple[subprocess.Popen[str], Callable[[], float]]:
     """Start lightly; return its process, and a function that has it run for one round."""
-    command = [peer_python(), "-W", "ignore", "-c", PEER, str(SECONDS), str(size), *map(str, paths)]
+    command = [peer_python(LIGHTLY), "-W", "ignore", "-c", PEER, str(SECONDS), str(size), *map(str, paths)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdin is not None
     assert peer.stdout is not None
@@ -178,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}, {LIGHTLY}")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}, {LIGHTLY.name}")
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder))
         for size in SIZES:
