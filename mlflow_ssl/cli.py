@@ -74,17 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(words)
     except InputError as error:
         _give_back_run("FAILED", str(error))
-        sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}")
         return 2
     except MachineError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}")
         return 1
     except NotSynced as error:
-        sys.stderr.write(f"{error}\n")
+        _say(str(error))
         return 3
     except Interrupted as error:
         _give_back_run("KILLED", str(error))
-        sys.stderr.write(f"{error}\n")
+        _say(str(error))
         return error.exit_code
     except Exception as error:
         _give_back_run("FAILED", f"{type(error).__name__}: {error}")
@@ -227,7 +227,17 @@ def _experiments() -> list[str]:
 
 def _give_back_run(status: str, reason: str) -> None:
     """End the run that ``mlflow run`` opened, if we failed before we took it over."""
-    if "MLFLOW_RUN_ID" in os.environ:
+    if "MLFLOW_RUN_ID" in os.environ and _is_first():
         from mlflow_ssl.tracking.lifecycle import end_launched_run
 
         end_launched_run(os.environ.pop("MLFLOW_RUN_ID"), status=status, reason=reason)
+
+
+def _say(words: str) -> None:
+    if _is_first():
+        sys.stderr.write(f"{words}\n")
+
+
+def _is_first() -> bool:
+    """Return whether this process speaks for all that a launcher has started."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

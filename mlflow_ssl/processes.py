@@ -1,10 +1,114 @@
-"""What the processes of a training tell each other: all of them call these functions, in the same order."""
+"""Processes that share a training: how they meet, and what they tell each other.
+
+Lightning starts the other processes of a machine itself, when the first is well under way; they inherit what they need
+to know. Those that torchrun, Slurm or Ray has started all begin at once: they `join` first. What is told, all of them
+call for, in the same order.
+"""
+
+import datetime
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, distributed, nn
+
+from mlflow_ssl.errors import InputError
+
+log = logging.getLogger(__name__)
 
 PIECE = 2**22
 """Numbers that travel at once, and for which there is room on the device."""
+
+T = TypeVar("T")
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that talks to MLflow and writes the output folder."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def join(*, gpu: bool, timeout_seconds: float = 1800) -> None:
+    """Make the group of the processes that a launcher has started at once; Lightning takes it over.
+
+    Does nothing where there is one already, as on Ray, or where this process is the only one so far.
+
+    Args:
+        gpu: whether they train on GPUs.
+        timeout_seconds: how long one waits for another.
+
+    Raises:
+        InputError: if the others do not come.
+    """
+    cluster = _cluster()
+    if distributed.is_initialized() or cluster is None or cluster.world_size() < 2:
+        return
+    os.environ.setdefault("MASTER_ADDR", cluster.main_address)
+    os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
+    rank_zero_only.rank = cluster.global_rank()  # type: ignore[attr-defined]
+    if gpu:
+        torch.cuda.set_device(cluster.local_rank() % max(torch.cuda.device_count(), 1))
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            rank=cluster.global_rank(),
+            world_size=cluster.world_size(),
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    except distributed.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(
+            f"the {cluster.world_size()} processes of this training must meet at {address}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    log.debug("process %d of %d", cluster.global_rank(), cluster.world_size())
+
+
+def fit_to_processes(trainer: DictConfig) -> None:
+    """Have Lightning take the processes that torchrun has started, in place of the config's ``devices``."""
+    if not distributed.is_initialized() or not TorchElasticEnvironment.detect():
+        return
+    world, local = distributed.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    trainer.devices, trainer.num_nodes = local, world // local
+    if trainer.strategy == "auto" and world > 1:
+        trainer.strategy = "ddp"
+
+
+def _cluster() -> ClusterEnvironment | None:
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            found: ClusterEnvironment = environment()
+            return found
+    return None
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return in every process what the first one makes; alone, that is this one.
+
+    Raises:
+        InputError: in all of them, if the first one does.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() < 2:
+        return make()
+    told: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            told[0] = make()
+        except InputError as error:
+            told[1] = str(error)
+            distributed.broadcast_object_list(told, src=0)
+            raise
+    distributed.broadcast_object_list(told, src=0)
+    made, mistake = told
+    if mistake is not None:
+        raise InputError(mistake)
+    return made  # type: ignore[no-any-return]
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -14,8 +14,8 @@ import joblib
 from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.processes import from_first, is_first_process
 from mlflow_ssl.secret import RedactingFormatter
-from mlflow_ssl.tracking.lifecycle import is_first_process
 
 BAD_IMAGES = "bad_images.csv"
 
@@ -40,12 +40,11 @@ def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Itera
     Raises:
         InputError: if the folder is there already and holds something, or cannot be made.
     """
-    shared = shared_output()
-    if not shared:
-        _make(folder, resumed=resumed)
+    if not shared_output():
+        from_first(lambda: _make(folder, resumed=resumed))
         os.environ[_SHARED] = str(folder)
     handlers = [(logging.getLogger(), _file_handler(folder / "main.log"))]
-    if not shared:
+    if is_first_process():
         handlers.append((logging.getLogger("mlflow_ssl"), _console_handler()))
     logging.getLogger("mlflow_ssl").setLevel(log_level.upper())
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from mlflow_ssl.config import check_resolved, parse_word, recorded_config, resolve
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.processes import fit_to_processes, from_first, join
 from mlflow_ssl.tasks.output import shared_output
 from mlflow_ssl.tracking.stored import StoredRun, find_run
 
@@ -79,7 +81,7 @@ class Start:
 
 
 def find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
-    """Return what a training starts from.
+    """Return what a training starts from; processes that a launcher has started at once take it from the first.
 
     Args:
         unresolved: composed config; its ``resume`` names a run, or ``last``, or nothing.
@@ -88,6 +90,13 @@ def find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
     Raises:
         InputError: if the config is wrong, there is no such run, or it may not be resumed in this way.
     """
+    join(gpu=unresolved.trainer.accelerator != "cpu" and torch.cuda.is_available())
+    start = from_first(lambda: _find_start(unresolved, overrides))
+    fit_to_processes(start.config.trainer)
+    return start
+
+
+def _find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
     shared = shared_output()
     if unresolved.resume is None:
         # absolute, so that the run can be resumed from anywhere

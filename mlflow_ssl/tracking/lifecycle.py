@@ -13,9 +13,9 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from pytorch_lightning.utilities import rank_zero_only
 
 from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
+from mlflow_ssl.processes import is_first_process
 from mlflow_ssl.secret import redact
 from mlflow_ssl.tracking.history import stored_metrics
 from mlflow_ssl.tracking.note import failure_note
@@ -229,11 +229,6 @@ def _end_stored(client: MlflowClient, record: RunRecord, output: Path) -> None:
             client.set_tag(record.run_id, key, value)
         record.write(output)
     client.set_terminated(record.run_id, record.status, record.end_time)
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the one that talks to MLflow and writes the output folder."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def end_launched_run(run_id: str, *, status: str, reason: str) -> None:

@@ -1,0 +1,59 @@
+"""Processes that torchrun starts all at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+from training import SMALL, only_output, only_run
+
+from mlflow_ssl.errors import InputError
+from mlflow_ssl.processes import fit_to_processes, from_first
+
+
+def test_alone_the_first_process_is_this_one():
+    assert from_first(lambda: 3) == 3
+    with pytest.raises(InputError, match="a mistake"):
+        from_first(lambda: _raise(InputError("a mistake")))
+
+
+def _raise(error):
+    raise error
+
+
+def test_alone_the_config_decides_about_devices():
+    trainer = OmegaConf.create({"devices": 4, "num_nodes": 2, "strategy": "auto"})
+    fit_to_processes(trainer)
+    assert trainer == {"devices": 4, "num_nodes": 2, "strategy": "auto"}
+
+
+def torchrun(*words):
+    """Train in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mlflow_ssl", *SMALL, *words]
+    return subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_torchruns_processes_train_into_one_run_and_one_version(store, image_folder):
+    done = torchrun(f"data_path={image_folder({'a': 20, 'b': 20})}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(store)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["trainer.strategy"] == "ddp"
+    assert [version.version for version in store.search_model_versions("name='byol'")] == [1]
+    # 24 to 28 training images in batches of 8 over two processes
+    assert [point.step for point in store.get_metric_history(run.info.run_id, "val_acc")] == [0, 4]
+    assert {path.name for path in (only_output() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_by_all(store):
+    done = torchrun("data_path=/nowhere")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        line for line in done.stderr.splitlines() if line.startswith("error: datamodule.data_path")
+    ][:1]
+    assert not store.search_runs(["0", "1"])
