@@ -28,7 +28,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Types, then all tests, the slow ones too."""
-    session.install("-e", ".[huggingface,onnx,umap]", "--group", "dev")
+    session.install("-e", ".[huggingface,onnx,ray,submitit,umap]", "--group", "dev")
     session.run("mypy")
     # a file is one process's; more threads than cores wait for each other
     together = ("-n", "2", "--dist", "loadfile")

@@ -160,3 +160,8 @@ def _is_whole(file: Path) -> bool:
         log.warning("%s; the uploaded one is taken, if there is one", error)
         return False
     return True
+
+
+def is_begun(run_id: str) -> bool:
+    """Return whether a training has taken over a run that a launcher opened."""
+    return OUTPUT_TAG in MlflowClient().get_run(run_id).data.tags
