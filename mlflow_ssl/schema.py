@@ -47,10 +47,11 @@ class Tracking(_Group):
 
 
 class Registry(_Group):
-    """``registry``: under which name the network is registered, and whether it may become the champion."""
+    """``registry``: whether and under which name the network is registered, and whether it may become the champion."""
 
     name: str = Field(min_length=1, pattern=r"^[^/:]+$")
     promote: Literal["auto", "never"]
+    register_: bool = Field(True, alias="register")
 
 
 _GROUPS: dict[str, type[BaseModel]] = {

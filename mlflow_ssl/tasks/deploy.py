@@ -54,7 +54,8 @@ def deploy(
         steps: optimizer steps that the training took.
 
     Returns:
-        The version; None if MLflow does not answer, and in the other processes of a distributed training.
+        The version; None if MLflow does not answer, where ``registry.register`` is false, and in the other processes
+        of a distributed training.
     """
     folder = run.output / "deployment_model"
     export_network(deployable.network, deployable.card, types=config.export.types, folder=folder)
@@ -76,6 +77,8 @@ def deploy(
             bank=deployable.bank,
             example=datamodule.example_image(),
         )
+    if not config.registry.get("register", True):
+        return None
     return run.registered_version(package, patience=config.tracking.wait_at_end_seconds)
 
 

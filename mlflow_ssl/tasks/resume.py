@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "datamodule.list_folder",
     "datamodule.unlabelled_path",
     "tracking.",
+    "registry.register",
     "callbacks.progress.",
     "callbacks.checkpoint_upload.",
     "callbacks.profile.",

@@ -29,6 +29,8 @@ class Outcome:
     ui_command: str | None
     output: Path
     seconds: float
+    registering: bool = True
+    """Whether the network was to be registered."""
 
 
 def closing_words(outcome: Outcome) -> str:
@@ -42,7 +44,8 @@ def closing_words(outcome: Outcome) -> str:
         beside = [f", {words} {metrics[name]:.3f}" for name, words in BESIDE.items() if name in metrics]
         lines.append(f"test_acc   {metrics['test_acc']:.3f}{''.join(beside)}")
     lines.append(f"output     {outcome.output}")
-    lines.append(f"registered {outcome.name} version {outcome.version or '(not yet: MLflow does not answer)'}")
+    if outcome.registering:
+        lines.append(f"registered {outcome.name} version {outcome.version or '(not yet: MLflow does not answer)'}")
     if outcome.ui_command:
         lines.append(f"look       {outcome.ui_command}")
     lines.append(f"run        {outcome.link}")

@@ -107,6 +107,7 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
                 ui_command=ui_command(run.record.tracking_uri),
                 output=output,
                 seconds=time.monotonic() - began,
+                registering=config.registry.get("register", True),
             )
             _close(run, config, datamodule, outcome, steps=trainer.global_step, look=task.look)
     return outcome

@@ -13,6 +13,7 @@ FIGURES = {
     "test_f1": "test_f1, mean of the classes",
 }
 """Metrics that the page of a finished run shows below ``val_acc``, and what they are called there."""
+UNREGISTERED = "# not registered, as registry.register is false: the artifact deployment_model is its network"
 
 
 def finished_note(
@@ -46,7 +47,11 @@ def finished_note(
         *_accuracies(metrics),
         look,
         "",
-        *_block("Load", "python", _loading(name, version)),
+        *_block(
+            "Load",
+            "python",
+            loading(name, version) if config.get("registry", {}).get("register", True) else UNREGISTERED,
+        ),
         *_block("Go on for more epochs", "bash", f"mlflow run . -P resume={run_id} -P trainer.max_epochs=MORE"),
         *_block("Reproduce", "bash", f"mlflow run . -e reproduce -P run_id={run_id}"),
     ]
@@ -83,7 +88,8 @@ def _accuracies(metrics: Mapping[str, float]) -> list[str]:
     return ["| | untrained → trained |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
 
 
-def _loading(name: str, version: str | None) -> str:
+def loading(name: str, version: str | None) -> str:
+    """Return how a registered network is loaded, in Python."""
     if version is None:
         return "# not registered yet: python -m mlflow_ssl sync OUTPUT_FOLDER"
     return f'import mlflow\n\nnetwork = mlflow.pytorch.load_model("models:/{name}/{version}")'
