@@ -6,11 +6,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlflow_ssl import __version__
 from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.startup import collector_at_rest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +25,12 @@ Train self-supervised, with everything in MLflow.
   python -m mlflow_ssl experiment=byol [data_path=FOLDER] [KEY=VALUE ...]
   mlflow-ssl experiment=byol ...
 
-Go on with a run that was stopped, in the same run; run another one's config again; send what MLflow missed:
+Try several values, each training a run below one that holds the table, the picture and the best:
+
+  python -m mlflow_ssl -m experiment=byol optimizer.lr=0.1,0.2 backbone=resnet18,vit16_tiny [sweep.jobs=2]
+  mlflow run . -P experiment=byol -P sweep=optimizer [-P sweep.trials=20]
+
+Go on with a run that was stopped, or a sweep, in the same run; run another one's config again; send what MLflow missed:
 
   mlflow run . -P resume=last|RUN_ID
   mlflow run . -e reproduce -P run_id=RUN_ID
@@ -101,9 +110,17 @@ def _run(words: Sequence[str]) -> None:
 
 def _train(overrides: list[str]) -> None:
     with collector_at_rest():
-        from mlflow_ssl.config import compose_config
+        from mlflow_ssl.config import asks_for_sweep, compose_config
 
+        if asks_for_sweep(overrides):
+            _sweep(overrides)
+            return
         config = compose_config(overrides)
+        if "sweep" in config:  # by the experiment's own choice
+            _sweep(overrides)
+            return
+        if config.resume is not None and _goes_on_with_sweep(config, overrides):
+            return
         from mlflow_ssl.tasks.training import train
 
         train(config, overrides)
@@ -113,6 +130,18 @@ def _finetune(words: Sequence[str]) -> None:
     overrides = to_overrides(words)
     named = any(word.startswith("experiment=") for word in overrides)
     _train(overrides if named else ["experiment=finetune", *overrides])
+
+
+def _sweep(overrides: Sequence[str]) -> None:
+    from mlflow_ssl.tasks.sweep import sweep
+
+    sweep(overrides)
+
+
+def _goes_on_with_sweep(config: "DictConfig", overrides: Sequence[str]) -> bool:
+    from mlflow_ssl.tasks.sweep import go_on
+
+    return go_on(config, overrides)
 
 
 def _reproduce(words: Sequence[str]) -> None:
@@ -189,10 +218,16 @@ def to_overrides(words: Sequence[str]) -> list[str]:
         >>> to_overrides(["--experiment", "byol", "--data_path", "", "--overrides", "+a=1 ~b"])
         ['experiment=byol', '+a=1', '~b']
     """
+    from mlflow_ssl.config import SWEEP_FLAGS
+
     overrides: list[str] = []
+    # a sweep's words may give several values
+    swept = any(
+        part in SWEEP_FLAGS or part.startswith(("sweep=", "--sweep")) for word in words for part in word.split()
+    )
     left = iter(words)
     for word in left:
-        if not word.startswith("--"):
+        if not word.startswith("--") or word in SWEEP_FLAGS:
             overrides += [word] if word else []
             continue
         key, equals, value = word[2:].partition("=")
@@ -201,11 +236,11 @@ def to_overrides(words: Sequence[str]) -> list[str]:
             if given is None:
                 raise InputError(f"--{key} must have a value")
             value = given
-        overrides += _override(key, value)
+        overrides += _override(key, value, swept=swept)
     return overrides
 
 
-def _override(key: str, value: str) -> list[str]:
+def _override(key: str, value: str, *, swept: bool) -> list[str]:
     from mlflow_ssl.config import quote, quote_text
 
     if not value:
@@ -216,7 +251,7 @@ def _override(key: str, value: str) -> list[str]:
         except ValueError as error:
             raise InputError(f"overrides must be words as a shell reads them: {error}, got {value!r}") from error
     # a path may hold anything; the rest is Hydra's to read where it can
-    return [f"{key}={quote_text(value) if key == 'data_path' else quote(value)}"]
+    return [f"{key}={quote_text(value) if key == 'data_path' else quote(value, swept=swept)}"]
 
 
 def _experiments() -> list[str]:

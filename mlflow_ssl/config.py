@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -56,6 +57,9 @@ KNOWN_PARTS = (
 )
 """Beginnings of the names that a config of unknown origin may build: none of them runs what it is given."""
 
+SWEEP_FLAGS = ("-m", "--multirun")
+"""Hydra's own words for a sweep."""
+
 _RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -93,11 +97,14 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         except MissingConfigException as error:
             raise InputError(_unknown_option(error, words)) from error
         except ConfigCompositionException as error:
-            raise InputError(_unknown_key(error, words)) from error
+            several = next((word for word in words if read_swept(word)), None)
+            raise InputError(_unknown_key(error, words) if several is None else _several_values(several)) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(f"cannot compose the config: {_first_line(error)}") from error
     config = OmegaConf.create(modernize(OmegaConf.to_container(composed)))
     assert isinstance(config, DictConfig)
+    if config.sweep.get("none"):  # one training, which knows nothing of sweeps
+        config.pop("sweep")
     return config
 
 
@@ -189,6 +196,85 @@ def parse_word(word: str) -> tuple[str, Any]:
     return str(parsed.key_or_group), parsed.value()
 
 
+def word_key(word: str) -> str:
+    """Return the key of an override, without the signs of Hydra's grammar.
+
+    Example:
+        >>> word_key("+new.key=1"), word_key("-m")
+        ('new.key', '-m')
+    """
+    return word.partition("=")[0].lstrip("+~")
+
+
+def asks_for_sweep(overrides: Sequence[str]) -> bool:
+    """Return whether words ask for a sweep, or say something of one."""
+    said = [word for word in overrides if word in SWEEP_FLAGS or word_key(word).partition(".")[0] == "sweep"]
+    return bool(said) and said != ["sweep=none"]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A key, and what a sweep may give it: one of some values, or any between two.
+
+    Attributes:
+        key: as the user wrote it, such as ``optimizer.lr`` or ``+new.key``.
+        choices: values as a word spells them; none for an interval.
+        low: lower end of an interval.
+        high: upper end.
+        log: whether an interval is to be searched by ratios.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+    @property
+    def name(self) -> str:
+        """The key in the config that it leads to, by which two words are of the same."""
+        plain = self.key.lstrip("+")
+        return ALIASES.get(plain, plain)
+
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        """Values that stand for all: every choice, or both ends."""
+        return self.choices or (str(self.low), str(self.high))
+
+
+def read_swept(word: str) -> Swept | None:
+    """Return what an override in Hydra's grammar of sweeps asks for; None if it gives one value.
+
+    Example:
+        >>> read_swept("optimizer.lr=0.1,0.2")
+        Swept(key='optimizer.lr', choices=('0.1', '0.2'), low=0.0, high=0.0, log=False)
+        >>> read_swept("optimizer.lr=tag(log, interval(1e-4, 1))")
+        Swept(key='optimizer.lr', choices=(), low=0.0001, high=1.0, log=True)
+
+    Raises:
+        InputError: if it cannot be read, or leaves nothing to choose from.
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        if not parsed.is_sweep_override():
+            return None
+        key = parsed.get_key_element()
+        value: Any = parsed.value()
+        if isinstance(value, IntervalSweep):
+            low, high, log = value.start or 0, value.end or 0, "log" in value.tags
+            if not low < high or (log and low <= 0):
+                ends = "ends in rising order" + (" above 0" if log else "")
+                raise InputError(f"{key} must be swept between {ends}, got {word.partition('=')[2]}")
+            return Swept(key, low=low, high=high, log=log)
+        names = value.filter(sorted(set(options(key)))) if isinstance(value, Glob) else parsed.sweep_string_iterator()
+        choices = tuple(names)
+    except HydraException as error:
+        raise InputError(f"cannot read the override {word!r}: {_first_line(error)}") from error
+    if not choices:
+        raise InputError(f"{key} must have values to choose from, got {word.partition('=')[2]}, which matches none")
+    return Swept(key, choices)
+
+
 def build(node: DictConfig, **arguments: Any) -> Any:
     """Build what a config node describes; parts get plain lists and dicts.
 
@@ -243,8 +329,10 @@ def _tree_text(resolved: DictConfig) -> str:
     return capture.get()
 
 
-def quote(value: str) -> str:
+def quote(value: str, *, swept: bool = False) -> str:
     """Return ``value`` as a word of an override: as it is where Hydra's grammar reads it, quoted elsewhere.
+
+    Several values, as of a sweep, are a text unless ``swept``.
 
     Example:
         >>> quote("[x,y]"), quote("two words"), quote("a (1), b")
@@ -254,7 +342,7 @@ def quote(value: str) -> str:
         parsed = OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
         return quote_text(value)
-    return quote_text(value) if parsed.is_sweep_override() else value
+    return quote_text(value) if parsed.is_sweep_override() and not swept else value
 
 
 def quote_text(value: str) -> str:
@@ -311,6 +399,10 @@ def options(group: str) -> Iterator[str]:
 
 def _groups() -> list[str]:
     return sorted({folder.name for root in search_folders() for folder in root.iterdir() if folder.is_dir()})
+
+
+def _several_values(word: str) -> str:
+    return f"{word} gives several values; add -m to try each of them, or quote them to mean one text"
 
 
 def _unknown_key(error: ConfigCompositionException, words: Sequence[str]) -> str:

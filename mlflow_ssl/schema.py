@@ -1,6 +1,6 @@
 """The groups that are plain values rather than objects, and what may stand in them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,13 +54,33 @@ class Registry(_Group):
     register_: bool = Field(True, alias="register")
 
 
+class Sweep(_Group):
+    """``sweep``: which trainings a sweep makes, how many at once, where, and what is the best of them."""
+
+    name: str = Field(min_length=1)
+    space: list[str]
+    trials: int | None = Field(ge=1)
+    monitor: str = Field(min_length=1)
+    direction: Literal["maximize", "minimize"]
+    jobs: Literal["auto"] | Annotated[int, Field(ge=1)]
+    launcher: Literal["local", "ray", "submitit"]
+    storage: str = Field(min_length=1)
+    retry_failed: bool
+    sampler: dict[str, Any] | None
+    pruner: dict[str, Any] | None
+    submitit: dict[str, Any]
+    ray: dict[str, Any]
+
+
 _GROUPS: dict[str, type[BaseModel]] = {
     "core": Core,
     "transforms": Transforms,
     "export": Export,
     "tracking": Tracking,
     "registry": Registry,
+    "sweep": Sweep,
 }
+_OPTIONAL = frozenset({"sweep"})
 
 
 def check_plain_groups(config: dict[str, Any]) -> None:
@@ -70,6 +90,8 @@ def check_plain_groups(config: dict[str, Any]) -> None:
         InputError: naming the first key that is wrong, and why.
     """
     for name, group in _GROUPS.items():
+        if name in _OPTIONAL and name not in config:
+            continue
         try:
             group.model_validate(config[name])
         except ValidationError as error:

@@ -127,6 +127,7 @@ def test_a_users_experiment_is_found_in_the_current_folder(tmp_path, monkeypatch
         (["export.types=[torchscrip]"], "export.types.0 is wrong"),
         (["core.tag=${nowhere}"], "cannot resolve the config"),
         (["a=b=[c"], "cannot read the override"),
+        (["core.seed=1,2"], "core.seed=1,2 gives several values; add -m to try each of them"),
         (["+callbacks.new={_target_: mlflow_ssl.nothing}"], "callbacks.new._target_ must be an importable name"),
         (["experiment=base/ssl/byol"], "datamodule.data_path must be given; add data_path=VALUE"),
     ],

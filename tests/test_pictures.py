@@ -16,6 +16,7 @@ from sklearn.decomposition import PCA
 from mlflow_ssl import pictures
 from mlflow_ssl.pictures import grids, projection
 from mlflow_ssl.pictures.confusion import count_confusions
+from mlflow_ssl.pictures.coordinates import Axis, parallel_coordinates_html
 from mlflow_ssl.pictures.gallery import MOST_STEPS, gallery_html, read_pictures, thinned
 from mlflow_ssl.pictures.projection import chosen_method, umap_installed
 from mlflow_ssl.pictures.style import RIGHT, WRONG
@@ -337,3 +338,15 @@ def test_a_gallery_is_thinned_evenly_to_what_a_page_can_hold(steps):
     assert len(kept) == min(len(steps), MOST_STEPS)
     assert set(kept) <= steps
     assert (kept[0], kept[-1]) == (min(steps), max(steps))
+
+
+def test_trainings_are_lines_across_the_axes_of_their_values():
+    axes = [Axis("lr", [1e-4, 1e-2, 1.0], log=True), Axis("net", ["a", "b", "a"]), Axis("epochs", [5, 5, 5])]
+    assert [axis.heights for axis in axes] == [[0.0, 0.5, 1.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.5]]
+    assert [text for _, text in axes[0].ticks] == ["0.0001", "0.001", "0.01", "0.1", "1"]
+    assert axes[1].ticks == [(0.0, "a"), (1.0, "b")]
+    assert axes[2].ticks == [(0.5, "5")]
+    results = Axis("val_acc", [0.5, 0.75, 0.6])
+    page = parallel_coordinates_html(axes, results, names=["one", "two", "three"], whole=[True, True, False])
+    assert all(word in page for word in ("three", "val_acc", "0.0001"))
+    assert not re.search(r"<(?:script|link)[^>]+(?:src|href)=", page)  # nothing is loaded from elsewhere

@@ -19,13 +19,13 @@ from mlflow_ssl.secret import RedactingFormatter
 
 BAD_IMAGES = "bad_images.csv"
 
-_SHARED = "MLFLOW_SSL_OUTPUT_DIR"
+SHARED_VARIABLE = "MLFLOW_SSL_OUTPUT_DIR"
 """Tells the other processes of a distributed training where the first one writes."""
 
 
 def shared_output() -> str | None:
     """Return the output folder that the first process of a distributed training has made; None in that one itself."""
-    return None if is_first_process() else os.environ.get(_SHARED)
+    return None if is_first_process() else os.environ.get(SHARED_VARIABLE)
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Itera
     """
     if not shared_output():
         from_first(lambda: _make(folder, resumed=resumed))
-        os.environ[_SHARED] = str(folder)
+        os.environ[SHARED_VARIABLE] = str(folder)
     handlers = [(logging.getLogger(), _file_handler(folder / "main.log"))]
     if is_first_process():
         handlers.append((logging.getLogger("mlflow_ssl"), _console_handler()))
@@ -58,7 +58,7 @@ def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Itera
         for logger, handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-        os.environ.pop(_SHARED, None)
+        os.environ.pop(SHARED_VARIABLE, None)
 
 
 def _make(folder: Path, *, resumed: bool) -> None:

@@ -51,7 +51,12 @@ def prepare_store(uri: str | None) -> None:
 
 @contextlib.contextmanager
 def tracked_run(
-    config: Mapping[str, Any], *, output: Path, run_id: str | None = None, data_digest: str | None = None
+    config: Mapping[str, Any],
+    *,
+    output: Path,
+    run_id: str | None = None,
+    data_digest: str | None = None,
+    name: str | None = None,
 ) -> Iterator[Run]:
     """Open a run, or go on in one, and end it whatever happens.
 
@@ -63,6 +68,7 @@ def tracked_run(
         output: the output folder; its ``main.log`` is uploaded at the end.
         run_id: the run to go on in; by default the one that ``mlflow run`` opened, or else a new one.
         data_digest: of the data set that is trained on.
+        name: how the name of a new run begins; by default with ``core.tag`` and the backbone.
 
     Raises:
         InputError: if the tracking store does not answer or refuses, or another process writes to ``output``.
@@ -73,7 +79,7 @@ def tracked_run(
         yield Run(None, RunRecord("", "", ""), output)
         return
     with contextlib.closing(_Lock(output)):
-        run = _open(config, output, run_id, data_digest)
+        run = _open(config, output, run_id, data_digest, name)
         system = SystemMetrics(run) if config["tracking"]["system_metrics"] else None
         if system:
             system.start()
@@ -113,9 +119,11 @@ class _Lock:
         self._lock.release()
 
 
-def _open(config: Mapping[str, Any], output: Path, run_id: str | None, data_digest: str | None) -> Run:
+def _open(
+    config: Mapping[str, Any], output: Path, run_id: str | None, data_digest: str | None, name: str | None
+) -> Run:
     client = connect(config["tracking"]["uri"])
-    stored = open_run(client, config, run_id=run_id, output=output)
+    stored = open_run(client, config, run_id=run_id, output=output, name=name)
     record = RunRecord(
         run_id=stored.info.run_id,
         experiment_id=stored.info.experiment_id,
@@ -138,9 +146,7 @@ def _end(run: Run, status: str, reason: str, *, patience: float) -> bool:
     try:
         if reason:
             log.error("%s: %s", status, reason)
-            resumable = (run.output / "checkpoints" / "last.ckpt").exists()
-            note = failure_note(run.run_id, status=status, reason=reason, output=run.output, resumable=resumable)
-            run.set_tags({REASON_TAG: reason, NOTE_TAG: note})
+            run.set_tags({REASON_TAG: reason, NOTE_TAG: run.failure_note(status, reason)})
             run.log_checkpoints()
         run.log_file(run.output / "main.log")
         run.record.write(run.output)

@@ -40,7 +40,9 @@ def connect(uri: str | None) -> MlflowClient:
         return MlflowClient()
 
 
-def open_run(client: MlflowClient, config: Mapping[str, Any], *, run_id: str | None, output: Path) -> StoredRun:
+def open_run(
+    client: MlflowClient, config: Mapping[str, Any], *, run_id: str | None, output: Path, name: str | None = None
+) -> StoredRun:
     """Open a run, or go on in the one of ``run_id``, or in the one that ``mlflow run`` opened.
 
     It can be resumed from its first moment: it is born with the tag of its output folder.
@@ -50,12 +52,13 @@ def open_run(client: MlflowClient, config: Mapping[str, Any], *, run_id: str | N
     """
     # popped, so that a second run of this process never takes it over too
     launched = os.environ.pop("MLFLOW_RUN_ID", None)
+    begins = name or f"{config['core']['tag']}-{config['backbone']['model_name']}"
     with refusals_named(client.tracking_uri):
         taken = run_id or launched
         active = mlflow.start_run(
             run_id=taken,
             experiment_id=None if taken else _made_experiment(client, config["core"]["name"]),
-            run_name=None if taken else _run_name(config),
+            run_name=None if taken else _run_name(begins),
             tags={OUTPUT_TAG: str(output)},
             log_system_metrics=False,  # theirs counts samples for steps, and has no patience with a server
         )
@@ -161,7 +164,6 @@ def _first_use_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def _run_name(config: Mapping[str, Any]) -> str:
+def _run_name(name: str) -> str:
     # MLflow's own random name repeats under a fixed seed
-    started = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return redact(f"{config['core']['tag']}-{config['backbone']['model_name']}-{started}")
+    return redact(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")

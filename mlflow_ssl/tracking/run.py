@@ -19,6 +19,7 @@ from mlflow_ssl.errors import InputError
 from mlflow_ssl.secret import redact, redacted
 from mlflow_ssl.tracking.delivery import REGISTERED, FileDelivery, RecordDelivery
 from mlflow_ssl.tracking.journal import Entry, Journal
+from mlflow_ssl.tracking.note import failure_note
 from mlflow_ssl.tracking.params import loggable_params
 from mlflow_ssl.tracking.sender import Sender
 
@@ -97,6 +98,7 @@ class Run:
     Attributes:
         first: the first value of each metric.
         step: says how many optimizer steps are done.
+        describe: what the run's page says of a status and its reason; None for what it says of a training.
     """
 
     client: MlflowClient | None
@@ -105,6 +107,7 @@ class Run:
     known_params: Mapping[str, str] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
     step: Callable[[], int] = field(default=int)
+    describe: Callable[[str, str], str] | None = None
 
     def __post_init__(self) -> None:
         """Open the journals, and remember the metrics that are in them."""
@@ -125,6 +128,13 @@ class Run:
     def run_id(self) -> str:
         """The run's id in MLflow."""
         return self.record.run_id
+
+    def failure_note(self, status: str, reason: str) -> str:
+        """Return what the run's page says when it has failed or was stopped."""
+        if self.describe is not None:
+            return self.describe(status, reason)
+        resumable = (self.output / "checkpoints" / "last.ckpt").exists()
+        return failure_note(self.run_id, status=status, reason=reason, output=self.output, resumable=resumable)
 
     def remember(self, entries: Iterable[Entry]) -> None:
         """Take note of metrics that were logged before: a step is never logged again."""

@@ -21,6 +21,9 @@ from mlflow_ssl.tracking.run import FOLDER, RunRecord
 
 log = logging.getLogger(__name__)
 
+TRIAL_TAG = "sweep.trial"
+"""Tag of a training of a sweep: its number."""
+
 
 @dataclass(frozen=True)
 class StoredRun:
@@ -141,16 +144,22 @@ def find_run(wanted: str, *, experiment: str, uri: str | None) -> StoredRun:
 
 def _last_run(client: MlflowClient, experiment: str) -> MlflowRun:
     experiment_id = find_experiment(client, experiment)
-    runs = client.search_runs(
-        [experiment_id] if experiment_id else [],
-        filter_string=f"tags.`{OUTPUT_TAG}` LIKE '%'",
-        run_view_type=ViewType.ACTIVE_ONLY,
-        max_results=1,
-        order_by=["attributes.start_time DESC"],
-    )
-    if not runs:
-        raise InputError(f"there is no run to resume in experiment {experiment!r}; start one without resume")
-    return runs[0]
+    token = None
+    while True:
+        runs = client.search_runs(
+            [experiment_id] if experiment_id else [],
+            filter_string=f"tags.`{OUTPUT_TAG}` LIKE '%'",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            max_results=100,
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        for run in runs:
+            if TRIAL_TAG not in run.data.tags:  # a training of a sweep goes on with its sweep
+                return run
+        token = runs.token
+        if not token:
+            raise InputError(f"there is no run to resume in experiment {experiment!r}; start one without resume")
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Parts of a sweep: what is searched, the trials so far, and the processes that train them."""
