@@ -123,11 +123,18 @@ def resolve(config: DictConfig) -> DictConfig:
             raise InputError(f"{key} must be given; add {short}=VALUE")
         OmegaConf.resolve(resolved)
     except (InterpolationResolutionError, MissingMandatoryValue) as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from error
+        if said := _said_before(error):
+            raise said from error
         raise InputError(f"cannot resolve the config: {_first_line(error)}") from error
     check_resolved(resolved)
     return resolved
+
+
+def _said_before(error: BaseException | None) -> InputError | None:
+    """Return what a resolver of ours has raised; OmegaConf wraps it, and keeps it as a context alone."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def check_resolved(config: DictConfig) -> None:

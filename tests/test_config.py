@@ -167,6 +167,11 @@ def test_what_finetuning_starts_from_must_be_given():
 
 
 @pytest.mark.filterwarnings("default")
+def test_what_a_resolver_of_ours_has_to_say_stands_alone(tmp_path):
+    with pytest.raises(InputError, match=r"^model_uri must be a registered model or a folder, got .*nothing$"):
+        composed("experiment=finetune", f"model_uri={tmp_path / 'nothing'}")
+
+
 def test_finetuning_takes_size_normalization_and_network_from_the_registered_one(registered):
     config = composed("experiment=finetune", f"model_uri={registered}")
     assert (config.backbone.model_name, config.backbone.small_stem) == ("resnet10t", True)
