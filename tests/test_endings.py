@@ -212,7 +212,7 @@ def test_a_silent_server_is_not_asked_to_end_the_launchers_run(store, image_fold
     assert train(image_folder({"a": 20, "b": 20})) == 2
 
 
-def test_pretrained_weights_without_a_network_are_one_line(store, image_folder, capsys, monkeypatch):
+def test_pretrained_weights_without_a_network_are_one_line_and_open_no_run(store, image_folder, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to host")
 
@@ -220,7 +220,7 @@ def test_pretrained_weights_without_a_network_are_one_line(store, image_folder, 
     assert train(image_folder({"a": 20, "b": 20}), "backbone.pretrained=true") == 2
     printed = capsys.readouterr().err
     assert "the weights of resnet10t could not be fetched from the hub" in printed
-    assert only_run(store).info.status == "FAILED"
+    assert not store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
 
 
 def test_two_runs_of_one_process_do_not_share_a_run(store, image_folder, monkeypatch):

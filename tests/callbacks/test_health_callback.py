@@ -99,6 +99,12 @@ def test_of_many_images_some_of_each_batch_are_taken():
     assert health.history[-1].num_images == 6
 
 
+def test_of_no_images_nothing_is_measured():
+    _, metrics, health = logged([labelled(3)], max_images=0, loss_ceiling=None)
+    assert not any(name.startswith("embedding/") for name in metrics)
+    assert health.history == []
+
+
 @pytest.mark.parametrize("max_images", [2, 7, 11, 12])
 def test_there_are_never_more_than_so_many(max_images):
     assert logged([labelled(3)], max_images=max_images)[2].history[-1].num_images == max_images
@@ -227,7 +233,7 @@ def test_a_monitor_that_is_not_logged_is_refused():
     ("options", "message"),
     [
         ({"on_collapse": "die"}, r"^callbacks.health.on_collapse must be warn or stop, got 'die'$"),
-        ({"max_images": 0}, r"^callbacks.health.max_images must be at least 1, got 0$"),
+        ({"max_images": -1}, r"^callbacks.health.max_images must be at least 0, got -1$"),
         ({"patience": 0}, r"^callbacks.health.patience must be at least 1, got 0$"),
         ({"views": -1}, r"^callbacks.health.views must be at least 0, got -1$"),
         ({"loss_ceiling": 0.0}, r"^callbacks.health.loss_ceiling must be greater than 0, got 0.0$"),
