@@ -32,11 +32,12 @@ WORDS = (
 STOPPING = "callbacks.health.on_collapse=stop"
 RECIPES: dict[str, tuple[str, ...]] = {
     "healthy": (),
+    "healthy_10_epochs": ("trainer.max_epochs=10",),
     "no_predictor": ("model.predictor={_target_: torch.nn.Identity}", "model.base_tau=0"),
     "no_stop_gradient": ("model._target_=siamese.Siamese",),
     "rate_too_high": ("optimizer.lr=1.0",),
 }
-"""Recipes by name, and their words; only the first is to be left alone."""
+"""Recipes by name, and their words; the healthy ones are to be left alone."""
 FLAGS = ("collapsing", "diverging")
 
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("collapse.json"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after these")
     options = parser.parse_args()
-    stopping = {recipe: () if recipe == "healthy" else (STOPPING,) for recipe in RECIPES}
+    stopping = {recipe: () if recipe.startswith("healthy") else (STOPPING,) for recipe in RECIPES}
     jobs = {
         f"{recipe} {seed}": (recipe, seed, *stopping[recipe])
         for seed in range(options.seeds)
