@@ -30,6 +30,8 @@ USERS_MISTAKE = 2
 POLL_SECONDS = 1.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_COLOR_PREFIX": "0"}
 """No word to Ray's makers, none of theirs about GPUs that nobody asked for, and no colours in a log."""
+PRIORITY = {"RAY_worker_niceness": "0"}
+"""Of the processes of a Ray of this machine's own: it would have everything else go before the training."""
 
 
 class RaySettings(Settings):
@@ -119,7 +121,7 @@ def _check(settings: RaySettings, tracking_uri: str) -> None:
 @contextlib.contextmanager
 def _cluster(settings: RaySettings) -> Iterator[str]:
     """Return the address of the job server: the cluster's, or that of a Ray that lives as long as the context."""
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    os.environ.update({key: value for key, value in (QUIET | PRIORITY).items() if key not in os.environ})
     import ray
 
     if settings.address:
