@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from collapse import RECIPES, train_all
+from collapse import train_all
 
 from mlflow_ssl.pictures.style import COLOURS, INK
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("health_curves.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/health.png"))
     options = parser.parse_args()
-    results = train_all({recipe: (recipe, 0, STOP) for recipe in RECIPES}, options.results)
+    results = train_all({recipe: (recipe, 0, STOP) for recipe in LABELS}, options.results)
     draw(results, options.picture)
 
 
