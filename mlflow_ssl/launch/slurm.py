@@ -28,6 +28,7 @@ from mlflow_ssl.launch.project import EndedRun, Project, Settings, closed, is_lo
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+TASK_POLL_SECONDS = 0.1
 STOP_SECONDS = 60
 """How long a training that is told to stop may take to save."""
 SPREAD = ("trainer.strategy=ddp",)
@@ -90,7 +91,9 @@ class Job:
             self.words, cwd=self.folder, env=os.environ | self.environment, stderr=subprocess.STDOUT
         )
         try:
-            return int(self._process.wait())
+            while self._process.poll() is None:  # `wait` would keep `checkpoint`, which a signal calls, from waiting
+                time.sleep(TASK_POLL_SECONDS)
+            return int(self._process.returncode)
         except BaseException:  # the job is cancelled, or goes back into the queue
             _stop(self._process)
             raise

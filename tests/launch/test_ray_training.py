@@ -9,7 +9,7 @@ from training import only_run
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
-EPOCHS = 400
+EPOCHS = 100
 
 
 def test_a_killed_worker_is_replaced_and_its_run_goes_on(store, image_folder, tmp_path):

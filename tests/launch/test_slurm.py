@@ -1,3 +1,4 @@
+import contextlib
 import pickle
 import signal
 import sys
@@ -50,10 +51,31 @@ def test_a_stopped_job_is_told_to_save_and_goes_on_in_its_run(tmp_path):
 
 def test_a_cancelled_job_leaves_no_process_behind(tmp_path):
     job = Job((sys.executable, "-c", "import time; time.sleep(600)"), str(tmp_path), {})
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
+    with signalled(_interrupt), pytest.raises(KeyboardInterrupt):
         job()
     assert job._process.poll() == -signal.SIGTERM
+
+
+def test_a_running_job_that_is_stopped_waits_no_longer_than_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "STOP_SECONDS", 600)  # until a test would be ended
+    job = Job((sys.executable, "-c", "import time; time.sleep(600)"), str(tmp_path), {})
+    with signalled(lambda *_: job.checkpoint()):
+        assert job() == -signal.SIGTERM
+
+
+@contextlib.contextmanager
+def signalled(handler):
+    """Have a signal come in half a second, and handle it."""
+    before = signal.signal(signal.SIGUSR2, handler)
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGUSR2]).start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_job_is_pickled_without_its_process(tmp_path):

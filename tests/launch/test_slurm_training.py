@@ -10,7 +10,7 @@ from training import only_run
 
 pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
-EPOCHS = 400
+EPOCHS = 100
 
 
 def test_a_job_whose_time_is_over_saves_and_goes_on_in_its_run(store, image_folder, tmp_path):
