@@ -114,8 +114,8 @@ def test_trainings_are_told_nothing_that_is_the_sweeps(sweep):
 def test_what_is_worse_than_the_others_is_pruned(sweep, store):
     words = ["-m", "core.seed=1,2,3,4", "sweep.jobs=1", "sweep.pruner={_target_: optuna.pruners.MedianPruner}"]
     words += ["+sweep.pruner.n_startup_trials=1", "+sweep.pruner.n_warmup_steps=1"]
-    curves = {"core.seed=2": [0.1] * 300, "core.seed=3": [0.2, 0.9, 0.9], "core.seed=4": [0.6, *[0.1] * 300]}
-    code, parent, children = sweep(*words, pause=0.1, values=curves)
+    curves = {"core.seed=2": [0.1] * 100, "core.seed=3": [0.2, 0.9, 0.9], "core.seed=4": [0.6, *[0.1] * 100]}
+    code, parent, children = sweep(*words, pause=0.3, values=curves)
     assert (code, parent.info.status) == (0, "FINISHED")
     # the first validation is never judged; the third training begins badly and gets better
     assert states(children) == ["finished", "pruned", "finished", "pruned"]

@@ -122,6 +122,6 @@ def test_a_reason_cannot_break_out_of_its_place():
 
 def test_what_is_not_to_be_registered_is_not_promised():
     config = CONFIG | {"registry": {"register": False}}
-    note = finished_note(config, run_id="a", metrics=METRICS, data="", steps=1, name="digits", version=None)
+    note = finished_note(config, run_id="a", metrics=METRICS, data="", steps=1, name="digits", version=None, look="")
     assert "registry.register is false" in note
     assert "sync" not in note
