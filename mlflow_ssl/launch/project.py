@@ -1,16 +1,18 @@
-"""What a backend is given, made ready: the project's folder, its run, and the command to execute somewhere else."""
+"""What all backends do: the project and its run made ready, its command executed somewhere else, its end seen to."""
 
 import contextlib
 import os
 import shlex
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import RunStatus
 from mlflow.exceptions import ExecutionException
+from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import SubmittedRun
 from mlflow.projects.utils import (
     fetch_and_validate_project,
@@ -210,3 +212,57 @@ def closed(project: Project, status: str, reason: str = "") -> EndedRun:
         said = MlflowClient().get_run(project.run_id).data.tags.get(REASON_TAG, reason)
         raise ExecutionException(f"run {project.run_id} ended {stands}: {said}")
     return EndedRun(project.run_id, stands)
+
+
+class Backend(AbstractBackend):
+    """A place where a project's entry point is executed, and watched to its end, since the launcher does not wait.
+
+    Attributes:
+        name: what ``--backend`` calls it.
+        settings: what its config may hold.
+    """
+
+    name: ClassVar[str]
+    settings: ClassVar[type[Settings]]
+
+    def run(
+        self,
+        project_uri: str,
+        entry_point: str,
+        params: Mapping[str, str],
+        version: str | None,
+        backend_config: Mapping[str, Any],
+        tracking_uri: str,
+        experiment_id: str,
+    ) -> EndedRun:
+        """Run the entry point, and return when it has ended.
+
+        Raises:
+            ExecutionException: for a mistake in the config, or if the run does not end well.
+        """
+        settings = self.settings.read(backend_config)
+        self.check(settings, tracking_uri)
+        project = open_project(
+            project_uri,
+            entry_point,
+            params,
+            version,
+            tracking_uri=tracking_uri,
+            experiment_id=experiment_id,
+            backend=self.name,
+        )
+        with watched(project):
+            status, reason = self.execute(project, settings)
+        return closed(project, status, reason)
+
+    @abstractmethod
+    def check(self, settings: Any, tracking_uri: str) -> None:
+        """Check, before a run is opened, that the place is there and can reach the tracking store.
+
+        Raises:
+            ExecutionException: if it is not.
+        """
+
+    @abstractmethod
+    def execute(self, project: Project, settings: Any) -> tuple[str, str]:
+        """Execute the project's command, show what it prints, and return the run's status and the reason for it."""

@@ -9,17 +9,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from mlflow.exceptions import ExecutionException
-from mlflow.projects.backend.abstract_backend import AbstractBackend
 from pydantic import Field
 
 from mlflow_ssl.errors import Interrupted
-from mlflow_ssl.launch.project import EndedRun, Project, Settings, closed, is_local, open_project, watched
+from mlflow_ssl.launch.project import Backend, Project, Settings, is_local
 
 log = logging.getLogger(__name__)
 
@@ -69,53 +68,32 @@ class Ended:
     message: str
 
 
-class RayBackend(AbstractBackend):
-    """Submit a project's entry point to Ray, show what it prints, and see to it that its run ends.
+class RayBackend(Backend):
+    """Submit a project's entry point to Ray.
 
     A training is spread over ``num_workers`` processes by Ray Train; other entry points are one process. A lost worker,
     or a lost job, is started again, and goes on in the same run from its last checkpoint.
     """
 
-    def run(
-        self,
-        project_uri: str,
-        entry_point: str,
-        params: Mapping[str, str],
-        version: str | None,
-        backend_config: Mapping[str, Any],
-        tracking_uri: str,
-        experiment_id: str,
-    ) -> EndedRun:
-        """Run the entry point, and return when it has ended.
+    name = "ray"
+    settings = RaySettings
 
-        Raises:
-            ExecutionException: for a mistake in the config, or if the run does not end well.
-        """
-        settings = RaySettings.read(backend_config)
-        _check(settings, tracking_uri)
-        project = open_project(
-            project_uri,
-            entry_point,
-            params,
-            version,
-            tracking_uri=tracking_uri,
-            experiment_id=experiment_id,
-            backend="ray",
-        )
-        with watched(project), _cluster(settings) as address:
+    def check(self, settings: RaySettings, tracking_uri: str) -> None:
+        """Check that Ray is installed, and that a cluster can reach the store."""
+        if importlib.util.find_spec("ray") is None:
+            raise ExecutionException("--backend ray needs Ray; install it with: pip install 'mlflow_ssl[ray]'")
+        if settings.address and is_local(tracking_uri):
+            raise ExecutionException(
+                f"the tracking store must be one that the cluster {settings.address} can reach, got {tracking_uri}; "
+                "start `mlflow server` and set MLFLOW_TRACKING_URI"
+            )
+
+    def execute(self, project: Project, settings: RaySettings) -> tuple[str, str]:
+        """Run the project's job on the cluster, or on a Ray of this machine's own."""
+        with _cluster(settings) as address:
             ended = _run_job(project, settings, address)
         status = {"SUCCEEDED": "FINISHED", "STOPPED": "KILLED"}.get(ended.status, "FAILED")
-        return closed(project, status, f"the Ray job was {ended.status.lower()}: {ended.message}")
-
-
-def _check(settings: RaySettings, tracking_uri: str) -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ExecutionException("--backend ray needs Ray; install it with: pip install 'mlflow_ssl[ray]'")
-    if settings.address and is_local(tracking_uri):
-        raise ExecutionException(
-            f"the tracking store must be one that the cluster {settings.address} can reach, got {tracking_uri}; start "
-            "`mlflow server` and set MLFLOW_TRACKING_URI"
-        )
+        return status, f"the Ray job was {ended.status.lower()}: {ended.message}"
 
 
 @contextlib.contextmanager

@@ -13,17 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow.exceptions import ExecutionException
-from mlflow.projects.backend.abstract_backend import AbstractBackend
 from pydantic import Field
 
 from mlflow_ssl.errors import Interrupted
-from mlflow_ssl.launch.project import EndedRun, Project, Settings, closed, is_local, open_project, watched
+from mlflow_ssl.launch.project import Backend, Project, Settings, is_local
 
 log = logging.getLogger(__name__)
 
@@ -122,52 +121,31 @@ def _stop(process: "subprocess.Popen[bytes] | None") -> None:
         process.kill()
 
 
-class SlurmBackend(AbstractBackend):
-    """Submit a project's entry point to Slurm, show what it prints, and see to it that its run ends.
+class SlurmBackend(Backend):
+    """Submit a project's entry point to Slurm.
 
     A training is spread over the job's tasks. When its time is over it saves, the job goes back into the queue, and the
     same run goes on.
     """
 
-    def run(
-        self,
-        project_uri: str,
-        entry_point: str,
-        params: Mapping[str, str],
-        version: str | None,
-        backend_config: Mapping[str, Any],
-        tracking_uri: str,
-        experiment_id: str,
-    ) -> EndedRun:
-        """Run the entry point, and return when it has ended.
+    name = "slurm"
+    settings = SlurmSettings
 
-        Raises:
-            ExecutionException: for a mistake in the config, or if the run does not end well.
-        """
-        settings = SlurmSettings.read(backend_config)
-        _check(settings, tracking_uri)
-        project = open_project(
-            project_uri,
-            entry_point,
-            params,
-            version,
-            tracking_uri=tracking_uri,
-            experiment_id=experiment_id,
-            backend="slurm",
-        )
-        with watched(project):
-            ended = _watch(_submit(project, settings))
-        return closed(project, *ended)
+    def check(self, settings: SlurmSettings, tracking_uri: str) -> None:
+        """Check that submitit is installed, and that the nodes can reach the store."""
+        if importlib.util.find_spec("submitit") is None:
+            raise ExecutionException(
+                "--backend slurm needs submitit; install it with: pip install 'mlflow_ssl[submitit]'"
+            )
+        if settings.cluster == "slurm" and is_local(tracking_uri):
+            raise ExecutionException(
+                f"the tracking store must be one that the nodes can reach, got {tracking_uri}; start `mlflow server` "
+                "and set MLFLOW_TRACKING_URI"
+            )
 
-
-def _check(settings: SlurmSettings, tracking_uri: str) -> None:
-    if importlib.util.find_spec("submitit") is None:
-        raise ExecutionException("--backend slurm needs submitit; install it with: pip install 'mlflow_ssl[submitit]'")
-    if settings.cluster == "slurm" and is_local(tracking_uri):
-        raise ExecutionException(
-            f"the tracking store must be one that the nodes can reach, got {tracking_uri}; start `mlflow server` and "
-            "set MLFLOW_TRACKING_URI"
-        )
+    def execute(self, project: Project, settings: SlurmSettings) -> tuple[str, str]:
+        """Run the project's job."""
+        return _watch(_submit(project, settings))
 
 
 def _submit(project: Project, settings: SlurmSettings) -> Any:
