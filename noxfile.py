@@ -30,9 +30,10 @@ def tests(session: nox.Session) -> None:
     """Types, then all tests, the slow ones too."""
     session.install("-e", ".[huggingface,onnx,ray,submitit,umap]", "--group", "dev")
     session.run("mypy")
-    # a file is one process's; more threads than cores wait for each other
+    # a file is one process's; more threads than cores wait for each other; the tests start a hundred Pythons
+    # more, each of which would compile thousands of modules anew where bytecode is not kept
     together = ("-n", "2", "--dist", "loadfile")
-    session.run("pytest", *together, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *together, *session.posargs, env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""})
 
 
 @nox.session
