@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlflow_ssl.errors import Interrupted
 from mlflow_ssl.signals import stop_signals
+from mlflow_ssl.tracking.opening import REASON_TAG
 
-REASON_TAG = "mlflow_ssl.reason"
 MODULE = "mlflow_ssl"
 """What the project's commands run, behind ``python -m``."""
 LAUNCHERS_OWN = {"build_image", "docker_auth"}

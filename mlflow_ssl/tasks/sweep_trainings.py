@@ -19,7 +19,8 @@ from mlflow_ssl.sweeps.study import State, Study, Trial
 from mlflow_ssl.tasks.output import SHARED_VARIABLE
 from mlflow_ssl.tasks.sweep_plan import Plan
 from mlflow_ssl.tracking.children import STATE_TAG, Children, lock_file, status_of, was_opened
-from mlflow_ssl.tracking.lifecycle import IMPATIENCE, REASON_TAG
+from mlflow_ssl.tracking.lifecycle import IMPATIENCE
+from mlflow_ssl.tracking.opening import REASON_TAG
 from mlflow_ssl.tracking.stored import TRIAL_TAG
 from mlflow_ssl.tracking.tail import MetricTail
 

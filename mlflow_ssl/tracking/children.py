@@ -13,9 +13,9 @@ from mlflow.exceptions import MlflowException
 from mlflow_ssl.errors import InputError, NotSynced
 from mlflow_ssl.secret import redact
 from mlflow_ssl.tracking.delivery import REGISTERED
-from mlflow_ssl.tracking.lifecycle import NOTE_TAG, REASON_TAG, sync
+from mlflow_ssl.tracking.lifecycle import NOTE_TAG, sync
 from mlflow_ssl.tracking.note import UNREGISTERED, loading
-from mlflow_ssl.tracking.opening import OUTPUT_TAG
+from mlflow_ssl.tracking.opening import OUTPUT_TAG, REASON_TAG
 from mlflow_ssl.tracking.run import FOLDER, LONGEST_TAG, Run, RunRecord, lock_output
 from mlflow_ssl.tracking.sender import is_refusal
 

@@ -19,7 +19,7 @@ from mlflow_ssl.processes import is_first_process
 from mlflow_ssl.secret import redact
 from mlflow_ssl.tracking.history import stored_metrics
 from mlflow_ssl.tracking.note import failure_note
-from mlflow_ssl.tracking.opening import check_answers, connect, open_run, without_password
+from mlflow_ssl.tracking.opening import REASON_TAG, check_answers, connect, open_run, without_password
 from mlflow_ssl.tracking.run import Run, RunRecord, lock_output
 from mlflow_ssl.tracking.source import git_tags, version_tags
 from mlflow_ssl.tracking.system import SystemMetrics
@@ -27,7 +27,6 @@ from mlflow_ssl.tracking.system import SystemMetrics
 log = logging.getLogger(__name__)
 
 NOTE_TAG = "mlflow.note.content"
-REASON_TAG = "mlflow_ssl.reason"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 STOP_SECONDS = 12.0
 """How long a run that was told to stop goes on sending: the machine may be gone after 30 s."""

@@ -24,6 +24,8 @@ from mlflow_ssl.secret import redact
 SERVER_SECONDS = 5
 OUTPUT_TAG = "mlflow_ssl.output_dir"
 """Tag of our runs: where they write."""
+REASON_TAG = "mlflow_ssl.reason"
+"""Tag of a run that did not end well: why."""
 
 
 def connect(uri: str | None) -> MlflowClient:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from mlflow_ssl.errors import InputError, Interrupted, NotSynced
-from mlflow_ssl.tracking.lifecycle import REASON_TAG, sync, tracked_run
-from mlflow_ssl.tracking.opening import run_link, ui_command, without_password
+from mlflow_ssl.tracking.lifecycle import sync, tracked_run
+from mlflow_ssl.tracking.opening import REASON_TAG, run_link, ui_command, without_password
 from mlflow_ssl.tracking.run import RunRecord, lock_output
 
 pytestmark = pytest.mark.filterwarnings("default")  # SQLAlchemy's notices to MLflow
