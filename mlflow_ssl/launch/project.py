@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -239,6 +240,7 @@ class Backend(AbstractBackend):
 
         Raises:
             ExecutionException: for a mistake in the config, or if the run does not end well.
+            SystemExit: if this process is told to stop.
         """
         settings = self.settings.read(backend_config)
         self.check(settings, tracking_uri)
@@ -251,8 +253,12 @@ class Backend(AbstractBackend):
             experiment_id=experiment_id,
             backend=self.name,
         )
-        with watched(project):
-            status, reason = self.execute(project, settings)
+        try:
+            with watched(project):
+                status, reason = self.execute(project, settings)
+        except Interrupted as error:  # which `mlflow run` would show as a traceback
+            sys.stderr.write(f"run {project.run_id} ended KILLED: {error}\n")
+            raise SystemExit(error.exit_code) from error
         return closed(project, status, reason)
 
     @abstractmethod

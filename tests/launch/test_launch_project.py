@@ -2,7 +2,7 @@ import pytest
 from mlflow.exceptions import ExecutionException
 
 from mlflow_ssl.errors import Interrupted
-from mlflow_ssl.launch.project import absolute, closed, end, is_local, open_project, watched
+from mlflow_ssl.launch.project import Backend, absolute, closed, end, is_local, open_project, watched
 from mlflow_ssl.launch.ray_jobs import RaySettings
 from mlflow_ssl.launch.slurm import SlurmSettings
 
@@ -103,6 +103,28 @@ def test_what_stops_the_watch_ends_the_run(opened, store, error, status, reason)
         raise error
     run = store.get_run(project.run_id)
     assert (run.info.status, run.data.tags["mlflow_ssl.reason"]) == (status, reason)
+
+
+class Stopped(Backend):
+    """A backend that is told to stop at once."""
+
+    name, settings = "stopped", RaySettings
+
+    def check(self, settings, tracking_uri):
+        """Find nothing wrong."""
+
+    def execute(self, project, settings):
+        """Be told to stop."""
+        raise Interrupted(15)
+
+
+def test_a_backend_that_is_told_to_stop_says_so_in_a_line(opened, store, tmp_path, capsys):
+    folder = opened().folder
+    with pytest.raises(SystemExit) as left:
+        Stopped().run(str(folder), "main", {}, None, {}, store.tracking_uri, "0")
+    assert left.value.code == 143
+    killed = store.search_runs(["0"], filter_string="attributes.status = 'KILLED'")
+    assert capsys.readouterr().err.endswith(f"run {killed[0].info.run_id} ended KILLED: stopped by SIGTERM\n")
 
 
 def test_a_run_that_has_ended_itself_stays_as_it_said(opened, store):
