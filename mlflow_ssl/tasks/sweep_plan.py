@@ -183,9 +183,7 @@ def resumed_plan(stored: StoredRun, overrides: Sequence[str]) -> Plan:
             continue
         if _changes_settings(word, settings):
             continue
-        if not any(
-            _name(word) == key or (key.endswith(".") and _name(word).startswith(key)) for key in WORDS_MAY_CHANGE
-        ):
+        if not _may_change(_name(word)):
             raise InputError(f"the sweep's {word.lstrip('+~').partition('=')[0]} must stay; start a new sweep for it")
         more.append(word)
     plain: Any = OmegaConf.to_container(settings)
