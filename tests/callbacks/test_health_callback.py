@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
 from tiny import Batches, fit, labelled, pairs, quiet_trainer, tiny_datamodule, tiny_method
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mlflow_ssl.callbacks import Health, KNNEvaluation, LastCheckpoint
 from mlflow_ssl.callbacks.health import has_plain_batchnorm
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
+from mlflow_ssl.datasets.sampler import DealtBatches
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation import health as formulas
 from mlflow_ssl.evaluation.verdict import judge
@@ -103,6 +105,15 @@ def test_of_no_images_nothing_is_measured():
     _, metrics, health = logged([labelled(3)], max_images=0, loss_ceiling=None)
     assert not any(name.startswith("embedding/") for name in metrics)
     assert health.history == []
+
+
+def test_processes_take_as_many_together_as_one_alone():
+    images = [sample for batch in labelled(3) for sample in zip(*batch, strict=True)]
+    counts = []
+    for rank in (0, 1):
+        dealt = DataLoader(images, batch_sampler=DealtBatches(len(images), 4, rank, world_size=2))
+        counts.append(logged(dealt, max_images=7)[2].history[-1].num_images)
+    assert counts == [2 + 3, 2]  # of the first and last batch, and of the second
 
 
 @pytest.mark.parametrize("max_images", [2, 7, 11, 12])
