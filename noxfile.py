@@ -30,6 +30,7 @@ def tests(session: nox.Session) -> None:
     """Types, then all tests, the slow ones too."""
     session.install("-e", ".[huggingface,onnx,ray,submitit,umap]", "--group", "dev")
     session.run("mypy")
+    session.run("mypy", *map(str, Path("benchmarks").glob("*.py")))  # or they rot unseen
     # a file is one process's; more threads than cores wait for each other; the tests start a hundred Pythons
     # more, each of which would compile thousands of modules anew where bytecode is not kept
     together = ("-n", "2", "--dist", "loadfile")

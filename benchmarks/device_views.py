@@ -124,11 +124,11 @@ def candidates(device: torch.device) -> dict[str, list[Finish]]:
     return found | {f"torchvision {torchvision.__version__}, image by image": torchvisions(device)}
 
 
-class Launches(TorchDispatchMode):
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count operations that read or write at least so many values."""
 
     def __init__(self, values: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values = values
         self.count = 0
 
@@ -144,7 +144,7 @@ class Launches(TorchDispatchMode):
 def launches(finish: list[Finish], images: Tensor) -> int:
     """Return how many launches both views of a batch take."""
     if images.device.type == "cuda":
-        from torch.autograd import DeviceType
+        from torch.autograd import DeviceType  # type: ignore[attr-defined]
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -153,7 +153,7 @@ def launches(finish: list[Finish], images: Tensor) -> int:
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
     with Launches(images[0, 0].numel()) as counted:
         both(finish, images)
-    return counted.count
+    return int(counted.count)
 
 
 def both(finish: list[Finish], images: Tensor) -> None:

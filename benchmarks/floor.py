@@ -1,11 +1,14 @@
 """How close this package is to what cannot be beaten, in one run and in turns.
 
-    python benchmarks/floor.py [step] [memory] [data] [knn] [start] [--rounds N] [--steps N] [--only WORDS] [KEY=VALUE]
+    python benchmarks/floor.py [step] [update] [memory] [data] [knn] [start] [--rounds N] [--steps N] [--only WORDS]
+                               [KEY=VALUE]
 
 - ``step``: forward and backward of the same networks alone (two views through the online network, two through the
   target; no optimizer, no target update, no data, no logging), over the step of a training by Lightning with all that
   a training has: images from files, loss, LARS, target, metrics into an MLflow run, all callbacks. In float32 and
   bfloat16, channels last.
+- ``update``: optimizer and target update as a share of the bare step, beside what it takes to copy the weights once: they
+  read or write as much nine times at least.
 - ``memory``: peak of each in a process of its own, above what stood there after the imports.
 - ``data``: decoding alone over making a batch of pairs of views.
 - ``knn``: one matrix product of queries and bank over finding the 20 nearest.
@@ -140,6 +143,17 @@ def between(began: Timing, ended: Timing, steps: int) -> Timing:
 
 def bare(config: Any, case: Case, steps: int) -> Timing:
     """Take the time of forward and backward of the networks that a config describes."""
+    step, _ = bare_step(config, case)
+    for _ in range(WARM):
+        step()
+    began = clock()
+    for _ in range(steps):
+        step()
+    return between(began, clock(), steps)
+
+
+def bare_step(config: Any, case: Case) -> tuple[Callable[[], None], Any]:
+    """Return what makes a step, after which each parameter has a gradient, and the method."""
     import torch
 
     from mlflow_ssl.config import build
@@ -154,30 +168,25 @@ def bare(config: Any, case: Case, steps: int) -> Timing:
 
     def loss_of(view: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         prediction, projection = method.predictor(method.online(view)), method.target(other)
-        return method.loss(prediction.float(), projection.float())
+        losses: torch.Tensor = method.loss(prediction.float(), projection.float())
+        return losses
 
     def step() -> None:
         for p in trained:
             p.grad = None
         with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
             loss = (loss_of(view_1, view_2) + loss_of(view_2, view_1)).mean()
-        loss.backward()
+        torch.autograd.backward(loss)
 
-    for _ in range(WARM):
-        step()
-    began = clock()
-    for _ in range(steps):
-        step()
-    return between(began, clock(), steps)
+    return step, method
 
 
 def whole(config: Any, case: Case, steps: int, folder: Path) -> Timing:
     """Take the time of a step of a training, between the beginnings of two batches."""
-    from omegaconf import OmegaConf
     from pytorch_lightning import Callback, seed_everything
 
     from mlflow_ssl.config import build
-    from mlflow_ssl.tasks.ssl import _build_trainer
+    from mlflow_ssl.tasks.training import _build_trainer, _plain
     from mlflow_ssl.tracking.lifecycle import tracked_run
 
     marks: dict[int, Timing] = {}
@@ -192,7 +201,7 @@ def whole(config: Any, case: Case, steps: int, folder: Path) -> Timing:
     config.callbacks.model_checkpoint.dirpath = config.callbacks.last_checkpoint.dirpath = str(output / "checkpoints")
     seed_everything(0, verbose=False)
     datamodule = build(config.datamodule)
-    with tracked_run(OmegaConf.to_container(config), output=output) as run:
+    with tracked_run(_plain(config), output=output) as run:
         callbacks = {"marks": Marks()} | {name: build(node) for name, node in config.callbacks.items() if node}
         _build_trainer(config, run, callbacks, output).fit(build(config.model), datamodule)
     return between(marks[WARM], marks[WARM + steps], steps)
@@ -203,7 +212,10 @@ def memory(case: Case, kind: str, folder: Path, steps: int, words: Sequence[str]
     import torch
 
     config = config_of(case, folder, steps, words)
-    import mlflow_ssl.tasks.ssl  # noqa: F401 what it imports is no memory of the training
+    import mlflow_ssl.tasks.training  # noqa: F401 what it imports is no memory of the training
+    from mlflow_ssl.tracking.lifecycle import prepare_store
+
+    prepare_store(config.tracking.uri)  # nor is what makes the store
 
     with Path("/proc/self/status").open() as status:
         before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
@@ -235,6 +247,42 @@ def measure_step(rounds: int, steps: int, only: str, words: Sequence[str]) -> No
             cells = (least(bares), least(wholes), spread(walls), spread(processors))
             print(f"| {case} | {' | '.join(cells)} |", flush=True)
     print(f"\n{rounds} rounds of {steps} steps on {device}, {torch.get_num_threads()} threads")
+
+
+def measure_update(rounds: int, only: str, words: Sequence[str]) -> None:
+    """Print the table of optimizer and target update, also at the size that ImageNet's images have."""
+    import torch
+
+    from mlflow_ssl.target import update_target
+
+    print("\n| update | bare step, ms | LARS, ms | target, ms | both / step | one copy of the weights, ms |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    large = [] if on_gpu() else [Case("resnet18", 224, 64, precision) for precision in ("32-true", "bf16-mixed")]
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in (case for case in [*cases(), *large] if only in str(case)):
+            config = config_of(case, Path(scratch), 1, words)
+            step, method = bare_step(config, case)
+            optimizer = method._make_optimizer(method.parameter_groups())
+            weights = torch.cat([p.detach().flatten() for group in optimizer.param_groups for p in group["params"]])
+            copy = torch.empty_like(weights)
+            works: list[Callable[[], Any]] = [
+                step,
+                optimizer.step,
+                lambda: update_target(method.target, method.online, tau=0.99),  # noqa: B023 called before the next
+                lambda: copy.copy_(weights),  # noqa: B023
+            ]
+            found = [[1000 * seconds_of_call(work) for work in works] for _ in range(rounds + 1)][1:]
+            shares = [(lars + target) / whole for whole, lars, target, _ in found]
+            whole, lars, target, copied = ([*column] for column in zip(*found, strict=True))
+            cells = (least(whole), least(lars, 1), least(target, 1), spread(shares), least(copied, 1))
+            print(f"| {case} | {' | '.join(cells)} |", flush=True)
+
+
+def seconds_of_call(work: Callable[[], Any]) -> float:
+    """Return how long a call takes, until the device has done it."""
+    began = clock()
+    work()
+    return clock().wall - began.wall
 
 
 def measure_memory(only: str, words: Sequence[str]) -> None:
@@ -294,15 +342,10 @@ def measure_knn(rounds: int) -> None:
     queries, bank = (torch.randn(count, 512, generator=generator).to(device) for count in (4_000, 50_000))
     products = torch.empty(len(queries), len(bank), device=device)
 
-    def seconds(work: Callable[[], Any]) -> float:
-        began = clock()
-        work()
-        return clock().wall - began.wall
-
     pairs = []
     for number in range(rounds + 1):
-        floor = seconds(lambda: torch.mm(queries, bank.T, out=products))
-        ours = seconds(lambda: nearest(queries, bank, 20))
+        floor = seconds_of_call(lambda: torch.mm(queries, bank.T, out=products))
+        ours = seconds_of_call(lambda: nearest(queries, bank, 20))
         if number:
             pairs.append((floor, ours))
     shares = [floor / ours for floor, ours in pairs]
@@ -405,6 +448,7 @@ def main() -> None:
     settings = [word for word in asked.words if "=" in word]
     tables: dict[str, Callable[[], None]] = {
         "step": lambda: measure_step(asked.rounds, asked.steps, asked.only, settings),
+        "update": lambda: measure_update(asked.rounds, asked.only, settings),
         "memory": lambda: measure_memory(asked.only, settings),
         "data": lambda: measure_data(asked.rounds),
         "knn": lambda: measure_knn(asked.rounds),

@@ -65,7 +65,7 @@ def large() -> None:
     from mlflow_ssl.evaluation.knn import nearest
 
     bank = torch.empty(1_000_000, SIZE, dtype=torch.half)
-    for part in bank.split(1000):
+    for part in torch.split(bank, 1000):
         part.copy_(torch.randn(part.shape))
     queries = bank[torch.arange(0, len(bank), 1000)]
     nearest(queries[:64], bank[:64], NEIGHBOURS)  # what the first product sets up is no memory of this one

@@ -10,7 +10,8 @@ most, and how many times as good as lightly's they are, round by round: above 1 
 - whole training: images per second of ``python -m mlflow_ssl``, lightly's example and ``quadra``, from the end of the
   first step to the end of the last, with loading, logging and callbacks;
 - step alone: seconds of one on a batch that is there, by Lightning's Trainer without callbacks;
-- peak memory: of the training and its workers, what several hold counted once;
+- peak memory: of the training and its workers, what several hold counted once, of a training of its own: to ask for it
+  slows a process down;
 - kNN: seconds for the votes of the 20 nearest.
 
 What only one side does is not left out: before its first step this package has opened its run, indexed and digested the
@@ -155,13 +156,16 @@ def quadra(python: str, images: Path) -> Candidate:
     return Candidate(QUADRA.name, python, None, words, parts=())
 
 
-def run(words: list[str], folder: Path, *, until: Path | None = None) -> tuple[float, float, str]:
+def run(
+    words: list[str], folder: Path, *, until: Path | None = None, weighed: bool = False
+) -> tuple[float, float, str]:
     """Run a command in an empty folder and return when it began, its peak memory in MiB, and what it printed.
 
     Args:
         words: of the command.
         folder: made here.
         until: file after which the command is killed: the rest is not measured.
+        weighed: whether to look for the memory, which takes the process time.
 
     Raises:
         RuntimeError: if it fails, with the end of what it said.
@@ -180,7 +184,7 @@ def run(words: list[str], folder: Path, *, until: Path | None = None) -> tuple[f
         began = time.time()
         process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True)
         try:
-            peak = watch(process, until)
+            peak = watch(process, until, weighed=weighed)
         finally:  # its workers too, also if this is interrupted
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -191,26 +195,32 @@ def run(words: list[str], folder: Path, *, until: Path | None = None) -> tuple[f
     return began, peak, (folder / "out").read_text()
 
 
-def watch(process: subprocess.Popen[bytes], until: Path | None) -> float:
+def watch(process: subprocess.Popen[bytes], until: Path | None, *, weighed: bool) -> float:
     """Wait for a process, or a file, and return the most memory that it and its children held at once, MiB.
 
     Of what several of them hold, each counts a share.
     """
     peak = 0.0
     while process.poll() is None and not (until and until.exists()):
-        held = 0.0
-        with contextlib.suppress(psutil.Error):  # one has just ended
-            first = psutil.Process(process.pid)
-            for one in (first, *first.children(recursive=True)):
-                held += one.memory_full_info().pss / 2**20
-        peak = max(peak, held)
+        if weighed:
+            peak = max(peak, memory_of(process.pid))
         time.sleep(0.2)
     return peak
 
 
+def memory_of(pid: int) -> float:
+    """Return what a process and its children hold, MiB; 0 where one has just ended."""
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        return sum(one.memory_full_info().pss / 2**20 for one in (first, *first.children(recursive=True)))
+    return 0.0
+
+
 def measure_training(candidate: Candidate, folder: Path) -> dict[str, float]:
-    """Run a whole training and return what it gives."""
-    began, peak, _ = run(candidate.training, folder, until=folder / "stopwatch.json")
+    """Run a whole training twice and return what it gives."""
+    weighing = folder.with_name(f"{folder.name}-weighed")
+    _, peak, _ = run(candidate.training, weighing, until=weighing / "stopwatch.json", weighed=True)
+    began, _, _ = run(candidate.training, folder, until=folder / "stopwatch.json")
     noted = json.loads((folder / "stopwatch.json").read_text())
     ends = noted["ends"][: TRAIN // BATCH]  # Quadra deals itself, and may have a small batch more
     return {
@@ -244,8 +254,8 @@ def one_round(every: Sequence[Candidate], number: int, scratch: Path, images: Pa
     for part in ("views", "step", "knn"):
         for candidate in turn:
             if part in candidate.parts:
-                folder = scratch / f"{number}-{every.index(candidate)}-{part}"
-                candidate.found[part].append(measure_part(candidate, part, folder, images))
+                place = scratch / f"{number}-{every.index(candidate)}-{part}"
+                candidate.found[part].append(measure_part(candidate, part, place, images))
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,9 +17,11 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
@@ -28,7 +30,8 @@ from rich.table import Table
 
 from mlflow_ssl.callbacks import StepMetrics
 from mlflow_ssl.config import build, compose_config, resolve
-from mlflow_ssl.tracking.lifecycle import NotSynced, tracked_run
+from mlflow_ssl.errors import NotSynced
+from mlflow_ssl.tracking.lifecycle import tracked_run
 from mlflow_ssl.tracking.logger import MLflowLogger
 
 STEPS, BATCH, SIDE = 2000, 4, 16
@@ -61,7 +64,7 @@ class Batches:
     def __len__(self) -> int:
         return STEPS
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[Any]:
         return (self.batch for _ in range(STEPS))
 
 
@@ -70,14 +73,14 @@ class TimedLogger(MLflowLogger):
 
     seconds = 0.0
 
-    def log_metrics(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         """Log."""
         began = time.perf_counter()
         super().log_metrics(*args, **kwargs)
         self.seconds += time.perf_counter() - began
 
 
-def train(config, logger) -> float:  # noqa: ANN001
+def train(config: Any, logger: Any) -> float:
     """Train and return the seconds that it took."""
     torch.manual_seed(0)
     method = build(config.model)
@@ -98,7 +101,7 @@ def train(config, logger) -> float:  # noqa: ANN001
     return time.perf_counter() - began
 
 
-def train_tracked(config, plain, folder: Path, *, dead: bool) -> Timing:  # noqa: ANN001
+def train_tracked(config: Any, plain: Any, folder: Path, *, dead: bool) -> Timing:
     """Train with a server of its own, which dies before the first step if so told."""
     folder.mkdir()
     timing = Timing(0)
@@ -130,7 +133,7 @@ def sender_seconds() -> float:
 
 
 @contextmanager
-def server(folder: Path):  # noqa: ANN201
+def server(folder: Path) -> Iterator[Any]:
     """Run an MLflow server over SQLite."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

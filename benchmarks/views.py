@@ -68,14 +68,15 @@ def start_peer(size: int, paths: list[Path]) -> tuple[subprocess.Popen[str], Cal
     """Start lightly; return its process, and a function that has it run for one round."""
     command = [peer_python(LIGHTLY), "-W", "ignore", "-c", PEER, str(SECONDS), str(size), *map(str, paths)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert peer.stdin is not None
-    assert peer.stdout is not None
-    assert peer.stdout.readline() == "ready\n"
+    told, said = peer.stdin, peer.stdout
+    assert told is not None
+    assert said is not None
+    assert said.readline() == "ready\n"
 
     def one_round() -> float:
-        peer.stdin.write("go\n")
-        peer.stdin.flush()
-        return float(peer.stdout.readline())
+        told.write("go\n")
+        told.flush()
+        return float(said.readline())
 
     return peer, one_round
 
