@@ -7,8 +7,8 @@
   target; no optimizer, no target update, no data, no logging), over the step of a training by Lightning with all that
   a training has: images from files, loss, LARS, target, metrics into an MLflow run, all callbacks. In float32 and
   bfloat16, channels last.
-- ``update``: optimizer and target update as a share of the bare step, beside what it takes to copy the weights once: they
-  read or write as much nine times at least.
+- ``update``: optimizer and target update as a share of the bare step, beside what it takes to copy the weights once:
+  they read or write as much nine times at least.
 - ``memory``: peak of each in a process of its own, above what stood there after the imports.
 - ``data``: decoding alone over making a batch of pairs of views.
 - ``knn``: one matrix product of queries and bank over finding the 20 nearest.

@@ -86,6 +86,7 @@ class LARS(Optimizer):
                 "adapt": True,
             },
         )
+        self._space = Tensor()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -96,8 +97,18 @@ class LARS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for params in _parcels([p for p in group["params"] if p.grad is not None]):
-                _move(params, group, self.state)
+                _move(params, group, self.state, self._rows(params))
         return loss
+
+    def _rows(self, params: list[Tensor]) -> Tensor:
+        """Return a buffer ``(R, BLOCK)`` for updates; a CPU keeps it, as the pages of new memory are zeroed first."""
+        size = sum(map(_num_rows, params)) * BLOCK
+        first = params[0]
+        if first.device.type != "cpu":
+            return first.new_empty(size).view(-1, BLOCK)
+        if self._space.dtype != first.dtype or self._space.numel() < size:
+            self._space = first.new_empty(size)
+        return self._space[:size].view(-1, BLOCK)
 
 
 def _parcels(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -112,8 +123,8 @@ def _parcels(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from alike.values()
 
 
-def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any]) -> None:
-    rows, updates = _buffer(params)
+def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any], rows: Tensor) -> None:
+    updates = _laid_out(params, rows)
     torch._foreach_copy_(updates, [p.grad for p in params if p.grad is not None])
     if group["weight_decay"]:
         torch._foreach_add_(updates, params, alpha=group["weight_decay"])
@@ -137,14 +148,13 @@ def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any])
     )
 
 
-def _buffer(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return an empty buffer ``(R, BLOCK)``, and a view on it for each tensor, laid out in memory as the tensor is."""
-    rows = params[0].new_empty(sum(map(_num_rows, params)), BLOCK)
+def _laid_out(params: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """Return a view on a buffer for each tensor, laid out in memory as the tensor is."""
     views, start = [], 0
     for p in params:
         views.append(rows.as_strided(p.shape, p.stride(), start))
         start += _num_rows(p) * BLOCK
-    return rows, views
+    return views
 
 
 def _flat(tensor: Tensor) -> Tensor:
