@@ -9,6 +9,7 @@ import psutil
 import torch
 from omegaconf import DictConfig
 
+from mlflow_ssl.compiling import check_compiler
 from mlflow_ssl.datamodules.loading import usable_cores
 from mlflow_ssl.errors import InputError
 
@@ -19,7 +20,7 @@ def settle(config: DictConfig) -> None:
     """Replace every ``auto`` of trainer and model, and fit ``devices`` to the accelerator, in place.
 
     Raises:
-        InputError: if the trainer wants GPUs that are not there.
+        InputError: if the trainer wants GPUs that are not there, or ``model.compile`` a compiler that is not.
     """
     trainer = config.trainer
     asked_auto = "auto" in (trainer.accelerator, trainer.precision)
@@ -31,6 +32,8 @@ def settle(config: DictConfig) -> None:
         trainer.precision = best_precision(trainer.accelerator)
     if config.model.get("channels_last") == "auto":
         config.model.channels_last = True  # never slower for convolutions, and no change of results
+    if config.model.get("compile"):
+        check_compiler(trainer.accelerator)
     if asked_auto:
         layout = "channels_last" if config.model.get("channels_last") else "contiguous"
         chosen = [trainer.accelerator, trainer.precision, layout]

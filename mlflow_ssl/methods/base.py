@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlflow_ssl.compiling import compile_mode, compile_networks
 from mlflow_ssl.optimizers import parameter_groups, scale_rates
 from mlflow_ssl.processes import agree_on_buffers
 
@@ -102,12 +103,15 @@ class SSLMethod(Method):
 
     Args:
         online: the trained network, with a ``backbone``.
+        compile: whether a step's networks are compiled, or how, see `mlflow_ssl.compiling`; what embeds images for
+            validations, test and export stays as it is.
         kwargs: see `Method`.
     """
 
-    def __init__(self, online: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, online: nn.Module, *, compile: bool | str = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.online = online
+        self._compile_mode = compile_mode(compile)
 
     @property
     def embedder(self) -> nn.Module:
@@ -117,6 +121,16 @@ class SSLMethod(Method):
     def trained_modules(self) -> list[nn.Module]:
         """Return the modules whose parameters the optimizer moves."""
         return [self.online]
+
+    def step_networks(self) -> list[nn.Module]:
+        """Return the modules that a training step calls."""
+        return self.trained_modules()
+
+    def on_fit_start(self) -> None:
+        """Lay the weights out, and have the networks compiled where that is asked for."""
+        super().on_fit_start()
+        if self._compile_mode:
+            compile_networks(self.step_networks(), self._compile_mode)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return weights, and vectors, which are not decayed."""

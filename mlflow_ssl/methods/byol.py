@@ -47,6 +47,10 @@ class BYOL(SSLMethod):
         """Return encoder and predictor."""
         return [self.online, self.predictor]
 
+    def step_networks(self) -> list[nn.Module]:
+        """Return encoder, predictor and target."""
+        return [*self.trained_modules(), self.target]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch ``((view_1, view_2), labels)``: both directions summed, mean over images."""
         views, _ = batch
