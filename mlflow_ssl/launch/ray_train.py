@@ -72,22 +72,8 @@ def _work(loop: dict[str, Any]) -> None:
         os.chdir(loop["folder"])
     logging.getLogger().handlers.clear()  # Ray's would say everything a second time
     spread = STRATEGY if context.get_world_size() > 1 else ()
-    code = command([*loop["words"], *spread, *_resume()])
+    code = command([*loop["words"], *spread])
     ray.train.report({"exit_code": code})
-
-
-def _resume() -> list[str]:
-    """Return the word that goes on with the run, where an earlier attempt has begun it; the first process decides."""
-    import torch.distributed
-
-    from mlflow_ssl.tracking.stored import is_begun
-
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    if run_id is None:
-        return []
-    begun = [is_begun(run_id) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(begun, src=0)
-    return [f"resume={run_id}"] if begun[0] else []
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from mlflow_ssl.config import check_resolved, parse_word, recorded_config, resol
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.processes import fit_to_processes, from_first, join
 from mlflow_ssl.tasks.output import shared_output
-from mlflow_ssl.tracking.stored import StoredRun, find_run
+from mlflow_ssl.tracking.run import RunRecord
+from mlflow_ssl.tracking.stored import StoredRun, begun_run, find_run
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
     """Return what a training starts from; processes that a launcher has started at once take it from the first.
 
     Args:
-        unresolved: composed config; its ``resume`` names a run, or ``last``, or nothing.
+        unresolved: composed config; its ``resume`` names a run, or ``last``, or nothing: then it is a new one, or the
+            launcher's, if that is begun.
         overrides: the words that it was composed from.
 
     Raises:
@@ -99,14 +101,15 @@ def find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
 
 def _find_start(unresolved: DictConfig, overrides: Sequence[str]) -> Start:
     shared = shared_output()
-    if unresolved.resume is None:
+    if shared and _is_resumed(Path(shared), unresolved):
+        return _found_by_the_first_process(Path(shared))
+    wanted = None if shared else unresolved.resume or begun_run(unresolved.tracking.uri)
+    if wanted is None:
         # absolute, so that the run can be resumed from anywhere
         folder = Path(shared or str(unresolved.core.output_dir)).expanduser().resolve()
         unresolved.core.output_dir = str(folder)
         return Start(resolve(unresolved), folder)
-    if shared:  # another process of this training has found it all
-        return _found_by_the_first_process(Path(shared), str(unresolved.resume))
-    stored = find_run(str(unresolved.resume), experiment=unresolved.core.name, uri=unresolved.tracking.uri)
+    stored = find_run(str(wanted), experiment=unresolved.core.name, uri=unresolved.tracking.uri)
     left = stored.output_folder()
     source = f"config/config_resolved.yaml of run {stored.run_id}"
     config = recorded_config(
@@ -135,10 +138,20 @@ def _refuse_finished(stored: StoredRun, config: DictConfig) -> None:
         )
 
 
-def _found_by_the_first_process(folder: Path, run_id: str) -> Start:
+def _is_resumed(folder: Path, unresolved: DictConfig) -> bool:
+    """Return whether the first process of this training goes on, which started this one before it trained."""
+    return unresolved.resume is not None or _last_checkpoint(folder).exists()
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def _found_by_the_first_process(folder: Path) -> Start:
+    run_id = RunRecord.read(folder).run_id
     record = yaml.safe_load((folder / "config_resolved.yaml").read_text())
     config = recorded_config(record, source=str(folder), trusted=True)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = _last_checkpoint(folder)
     return Start(config, folder, run_id, checkpoint if checkpoint.exists() else None)
 
 

@@ -243,5 +243,7 @@ def end_launched_run(run_id: str, *, status: str, reason: str) -> None:
     except InputError:  # MLflow's client would go on trying for minutes
         return
     client = MlflowClient()
+    if client.get_run(run_id).info.status == "FINISHED":  # it was started again at its end, and refused
+        return
     client.set_tag(run_id, REASON_TAG, redact(reason)[:1000])
     client.set_terminated(run_id, status)

@@ -171,6 +171,21 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def is_begun(run_id: str) -> bool:
-    """Return whether a training has taken over a run that a launcher opened."""
-    return OUTPUT_TAG in MlflowClient().get_run(run_id).data.tags
+def begun_run(uri: str | None) -> str | None:
+    """Return the run that a launcher has opened for this process, where an earlier process has begun it already.
+
+    That one was lost or stopped, with its machine for instance, and the launcher's cluster has started this in its
+    place.
+
+    Args:
+        uri: tracking store; None for MLflow's own.
+
+    Raises:
+        InputError: if the store does not answer.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None:
+        return None
+    client = connect(uri)
+    with refusals_named(client.tracking_uri):
+        return run_id if OUTPUT_TAG in client.get_run(run_id).data.tags else None

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.tracking.lifecycle import end_launched_run
 from mlflow_ssl.tracking.opening import OUTPUT_TAG
 from mlflow_ssl.tracking.run import RunRecord
-from mlflow_ssl.tracking.stored import StoredRun, find_run
+from mlflow_ssl.tracking.stored import StoredRun, begun_run, find_run
 
 pytestmark = pytest.mark.filterwarnings("default")  # SQLAlchemy's notices to MLflow
 
@@ -48,6 +49,23 @@ def test_a_run_is_found_in_another_store(new_run, store, monkeypatch):
     uri = os.environ["MLFLOW_TRACKING_URI"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
     assert find_run(run_id, experiment="", uri=uri).run_id == run_id
+
+
+def test_a_launchers_run_is_begun_once_a_training_has_taken_it_over(new_run, store, experiment, monkeypatch):
+    assert begun_run(None) is None  # there is no launcher
+    launched = store.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+    assert begun_run(None) is None
+    store.set_tag(launched, OUTPUT_TAG, "out")
+    assert begun_run(None) == launched
+
+
+def test_a_finished_run_that_is_started_again_stays_finished(store, experiment):
+    run_id = store.create_run(experiment).info.run_id
+    store.set_terminated(run_id, "FINISHED")
+    end_launched_run(run_id, status="FAILED", reason="it is finished")
+    run = store.get_run(run_id)
+    assert (run.info.status, run.data.tags.get("mlflow_ssl.reason")) == ("FINISHED", None)
 
 
 def test_an_unknown_id_is_named(store):
