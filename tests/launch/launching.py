@@ -12,11 +12,9 @@ from training import SMALL
 ROOT = Path(__file__).parents[2]
 
 
-@contextlib.contextmanager
-def launched(backend, config, data, folder, *, epochs):
-    """Start a training that logs to ``folder/log`` and writes to ``folder/out``, and end it with the context."""
-    (folder / "config.json").write_text(json.dumps(config))
-    words = [
+def small_words(data, folder, *, epochs):
+    """Return the words of a training of seconds that writes to ``folder/out``."""
+    return [
         *(word for word in SMALL if not word.startswith("trainer.max_epochs=")),
         f"data_path={data}",
         f"core.output_dir={folder / 'out'}",
@@ -25,6 +23,13 @@ def launched(backend, config, data, folder, *, epochs):
         "callbacks.last_checkpoint.every_seconds=1",
         "callbacks.pictures=null",
     ]
+
+
+@contextlib.contextmanager
+def launched(backend, config, data, folder, *, epochs):
+    """Start a training that logs to ``folder/log`` and writes to ``folder/out``, and end it with the context."""
+    (folder / "config.json").write_text(json.dumps(config))
+    words = small_words(data, folder, epochs=epochs)
     command = [
         sys.executable,
         "-m",
@@ -56,7 +61,7 @@ def assert_one_whole_run(store, run, *, backend, steps):
     """Check that a run finished, registered one version, and has each of its steps once."""
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.project.backend"] == backend
-    assert [version.version for version in store.search_model_versions("name='byol'")] == [1]
+    assert [int(version.version) for version in store.search_model_versions("name='byol'")] == [1]
     losses = [point.step for point in store.get_metric_history(run.info.run_id, "train/loss")]
     assert losses == list(range(1, losses[-1] + 1))
     assert losses[-1] >= steps
