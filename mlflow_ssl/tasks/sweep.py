@@ -25,6 +25,7 @@ from mlflow_ssl.tracking.lifecycle import NOTE_TAG, sync, tracked_run
 from mlflow_ssl.tracking.note import loading
 from mlflow_ssl.tracking.opening import run_link, ui_command
 from mlflow_ssl.tracking.run import Run
+from mlflow_ssl.tracking.stored import begun_run
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,18 @@ FIGURES = ("val_acc", "val_acc_linear", "test_acc", "test_acc_linear", "embeddin
 
 
 def sweep(overrides: Sequence[str]) -> None:
-    """Run the sweep that words ask for, or go on with the one that ``resume`` names.
+    """Run the sweep that words ask for, or go on with the one that ``resume`` names, or that the launcher's run is.
 
     Raises:
         InputError: for a mistake in any word or value, before anything is begun.
     """
     if not any(word.startswith("resume=") for word in overrides):
-        Sweep(new_plan(overrides)).run()
-        return
+        store = next((word.partition("=")[2] for word in overrides if word.startswith("tracking.uri=")), None)
+        begun = begun_run(store)
+        if begun is None:
+            Sweep(new_plan(overrides)).run()
+            return
+        overrides = [*overrides, f"resume={begun}"]
     # what is said of the sweep is not the training's to know
     known = ("resume=", "experiment=", "core.name=", "tracking.")
     config = compose_config([word for word in overrides if word.startswith(known)])

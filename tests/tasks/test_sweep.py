@@ -220,6 +220,17 @@ def test_the_launchers_run_becomes_the_parent(sweep, store, monkeypatch):
     assert {run.info.experiment_id for run in children.values()} == {"0"}
 
 
+def test_a_sweep_that_a_launcher_starts_again_goes_on(sweep, store, monkeypatch):
+    launched = store.create_run("0").info.run_id
+    words = ("--sweep", "grid", "--core.seed", "1,2")
+    for _ in range(2):
+        monkeypatch.setenv("MLFLOW_RUN_ID", launched)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+        code, parent, children = sweep(*words)
+        assert (code, parent.info.run_id, states(children)) == (0, launched, ["finished"] * 2)
+    assert len(calls(Path.cwd())) == 2  # nothing was trained again
+
+
 MISTAKES = {
     "a typo in a key": (["-m", "core.sed=1,2"], "no config key is named 'core.sed'; close matches: core.seed"),
     "a value among good ones": (["-m", "backbone=resnet18,resnet19"], "backbone has no option 'resnet19'"),
