@@ -8,6 +8,7 @@ call for, in the same order.
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -81,10 +82,12 @@ def fit_to_processes(trainer: DictConfig) -> None:
 
 
 def _cluster() -> ClusterEnvironment | None:
-    for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect():
-            found: ClusterEnvironment = environment()
-            return found
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `srun` command is available")  # as it is beside other launchers too
+        for environment in (TorchElasticEnvironment, SLURMEnvironment):
+            if environment.detect():
+                found: ClusterEnvironment = environment()
+                return found
     return None
 
 

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from omegaconf import OmegaConf
 from training import SMALL, only_output, only_run
 
 from mlflow_ssl.errors import InputError
-from mlflow_ssl.processes import fit_to_processes, from_first
+from mlflow_ssl.processes import fit_to_processes, from_first, join
 
 
 def test_alone_the_first_process_is_this_one():
@@ -20,6 +21,17 @@ def test_alone_the_first_process_is_this_one():
 
 def _raise(error):
     raise error
+
+
+def test_slurms_programs_on_a_machine_are_no_reason_to_say_anything(tmp_path, monkeypatch):
+    """A mistake of the user is one line there too."""
+    srun = tmp_path / "srun"
+    srun.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        join(gpu=False)
+    assert not caught
 
 
 def test_alone_the_config_decides_about_devices():
