@@ -1,7 +1,7 @@
 # What a pod runs: Python, the packages of pyproject.toml, and the project. docs/kubernetes.md says how it is used.
 FROM python:3.11-slim
 
-COPY --from=ghcr.io/astral-sh/uv:0.13 /uv /usr/local/bin/uv
+RUN pip install --no-cache-dir uv==0.13.9
 
 # the wheels of torch carry CUDA and run without a GPU too; --build-arg UV_TORCH_BACKEND=cpu makes a smaller image
 ARG UV_TORCH_BACKEND
