@@ -59,6 +59,9 @@ def test_torchruns_processes_train_into_one_run_and_one_version(store, image_fol
     # 24 to 28 training images in batches of 8 over two processes
     assert [point.step for point in store.get_metric_history(run.info.run_id, "val_acc")] == [0, 4]
     assert {path.name for path in (only_output() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    said = (only_output() / "main.log").read_text()
+    assert said.count("BatchNorm normalizes by the images of all 2 processes") == 1
+    assert "sync_dist" not in said
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
+from mlflow_ssl.batchnorm import has_plain_batchnorm
 from mlflow_ssl.callbacks.divergence import LossWatch, check_weights, diverged
 from mlflow_ssl.callbacks.embeddings import Embeddings, batch_number, batch_rows, is_query_loader, num_batches
 from mlflow_ssl.callbacks.monitors import check_monitor
@@ -259,12 +260,6 @@ def even_share(total: int, num_batches: int, batch_idx: int) -> int:
         [2, 2, 3]
     """
     return total * (batch_idx + 1) // num_batches - total * batch_idx // num_batches
-
-
-def has_plain_batchnorm(module: nn.Module) -> bool:
-    """Return whether some BatchNorm normalizes by the images of its own process alone."""
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return any(isinstance(each, plain) for each in module.modules())
 
 
 def _as_words(verdict: Verdict) -> str:

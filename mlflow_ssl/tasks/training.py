@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.utilities import rank_zero_only
 
+from mlflow_ssl.batchnorm import use_batchnorm_sync
 from mlflow_ssl.callbacks import Monitors
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.config import build, write_composed, write_resolved
@@ -181,6 +183,9 @@ def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback],
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the config asks for another
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    use_batchnorm_sync(trainer)
+    # what our callbacks log of an evaluation, they have made of the images of all processes
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
     run.step = lambda: trainer.global_step
     return trainer
 

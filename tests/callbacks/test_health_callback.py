@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mlflow_ssl.callbacks import Health, KNNEvaluation, LastCheckpoint
-from mlflow_ssl.callbacks.health import has_plain_batchnorm
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.datasets.bad_images import BAD_LABEL
 from mlflow_ssl.datasets.sampler import DealtBatches
@@ -203,13 +202,6 @@ def test_synchronized_batchnorm_is_advised_where_several_processes_have_none(num
     train(collapsing_method(), Health(), monkeypatch)
     assert ("trainer.sync_batchnorm" in caplog.text) == (num_processes > 1)
     assert "the training is collapsing" in caplog.text
-
-
-def test_batchnorm_that_is_synchronized_is_told_from_plain():
-    method = tiny_method()
-    assert has_plain_batchnorm(method)
-    assert not has_plain_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(method))
-    assert not has_plain_batchnorm(nn.Linear(2, 2))
 
 
 def test_a_healthy_training_is_not_flagged(monkeypatch, caplog):
