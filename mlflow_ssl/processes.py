@@ -156,6 +156,20 @@ def joined(part: Tensor, device: torch.device, *, everywhere: bool = True) -> Te
     return whole
 
 
+def averaged(numbers: Tensor) -> Tensor:
+    """Return the mean over all processes of numbers that each has: one message, and no barrier before it.
+
+    Args:
+        numbers: of this process, on the device that processes speak through; the same shape in all.
+    """
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return numbers
+    total = numbers.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / world_size
+
+
 def agree_on_buffers(module: nn.Module) -> None:
     """Give all processes the buffers of the first, in place: each has BatchNorm statistics of its own images."""
     if rank_and_world_size()[1] > 1:

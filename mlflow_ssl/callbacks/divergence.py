@@ -17,6 +17,7 @@ from mlflow_ssl.callbacks.last_checkpoint import LastCheckpoint
 from mlflow_ssl.datasets.sampler import EpochSampler
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.evaluation.verdict import DIVERGENCE_ADVICE
+from mlflow_ssl.processes import averaged
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class _Seen(NamedTuple):
 class LossWatch:
     """Keep the losses of a training, and raise when one is not finite.
 
-    A loss stays on its device until a number of them is fetched at once.
+    A loss stays on its device until a number of them is fetched at once, by all processes together. The means are of
+    the losses of all processes; one that is not finite is this process's own.
     """
 
     def __init__(self) -> None:
@@ -108,8 +110,9 @@ class LossWatch:
         """Fetch the losses from the device, all at once, and take note of the first that is not finite."""
         if not self._unsettled:
             return
-        losses = torch.stack([seen.loss.float() for seen in self._unsettled]).tolist()
-        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        own = torch.stack([seen.loss.float() for seen in self._unsettled])
+        own_losses, losses = torch.stack([own, averaged(own)]).tolist()
+        bad = [number for number, loss in enumerate(own_losses) if not math.isfinite(loss)]
         if bad and self._bad is None:
             self._bad = self._unsettled[bad[0]]
         self._first += losses[: max(FIRST - len(self._first), 0)]

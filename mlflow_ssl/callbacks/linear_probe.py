@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from mlflow_ssl.batchnorm import share_batchnorm
 from mlflow_ssl.callbacks.embeddings import batch_rows, counting, has_bank, is_query_loader
-from mlflow_ssl.processes import agree_on_buffers
+from mlflow_ssl.processes import agree_on_buffers, averaged
 
 
 class LinearProbe(Callback):
@@ -16,7 +17,8 @@ class LinearProbe(Callback):
 
     It is trained on the embeddings of each batch's views, by an optimizer of its own, and nothing of it reaches the
     network. Embeddings are normalized by the batch first, so that one learning rate does for all networks. It trails
-    behind the network it learns from; a classifier fitted to its optimum comes with the test.
+    behind the network it learns from; a classifier fitted to its optimum comes with the test. Several processes train
+    the classifier that one would: its BatchNorm and its gradient are of the images of all.
 
     Args:
         learning_rate: of SGD with a momentum of 0.9.
@@ -65,6 +67,7 @@ class LinearProbe(Callback):
         for parameter in linear.parameters():
             nn.init.zeros_(parameter)
         self._classifier = nn.Sequential(nn.BatchNorm1d(size, affine=False), linear)
+        share_batchnorm(self._classifier)
         self._classifier.to(pl_module.device)
         self._optimizer = torch.optim.SGD(self._classifier.parameters(), lr=self.learning_rate, momentum=0.9)
         if self._stored:
@@ -90,11 +93,14 @@ class LinearProbe(Callback):
             # a label below 0 is none; a batch of none has no loss, and not NaN
             losses = F.cross_entropy(self._classifier(embeddings), labels.clamp(min=0), reduction="none")
             known = labels >= 0
-            loss = (losses * known).sum() / known.sum().clamp(min=1)
-            self._optimizer.zero_grad()
-            loss.backward()
-        for parameter in self._classifier.parameters():
-            parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+            parameters = list(self._classifier.parameters())
+            gradients = torch.autograd.grad((losses * known).sum(), parameters)
+        # in one message: the sums over the images of all processes that have a class, and how many these are
+        sizes = [*(parameter.numel() for parameter in parameters), 1]
+        *sums, count = torch.split(averaged(torch.cat([*map(torch.flatten, gradients), known.sum()[None]])), sizes)
+        for parameter, total in zip(parameters, sums, strict=True):
+            # a batch of no such image has no gradient, and not NaN
+            parameter.grad = (total / count.clamp(min=1e-9)).view_as(parameter)
         self._optimizer.step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

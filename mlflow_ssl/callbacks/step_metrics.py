@@ -12,7 +12,7 @@ class StepMetrics(Callback):
     """Log ``train/lr``, ``train/images_per_second`` of all devices together, and ``train/data_wait_share``.
 
     The last is the share of the time, in [0, 1], that passed between the end of one step and the batch for the next:
-    what faster loading could save.
+    what faster loading could save. Of several processes it is that of the first.
 
     Args:
         window: batches that the speed is the mean of.

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlflow_ssl.compiling import compile_mode, compile_networks
 from mlflow_ssl.optimizers import parameter_groups, scale_rates
-from mlflow_ssl.processes import agree_on_buffers
+from mlflow_ssl.processes import agree_on_buffers, averaged, rank_and_world_size
 
 
 class Method(LightningModule, ABC):
@@ -57,6 +57,17 @@ class Method(LightningModule, ABC):
     def lay_out(self, images: Tensor) -> Tensor:
         """Return images ``(B, C, H, W)`` in the memory format of the weights."""
         return images.contiguous(memory_format=self.memory_format)
+
+    def log_loss(self, loss: Tensor, **options: Any) -> None:
+        """Log the loss of a batch as ``train/loss``: the mean over processes where it is written down.
+
+        Between two such steps, and at all but an epoch's last, a process logs its own: to agree would cost each step.
+        """
+        if rank_and_world_size()[1] > 1 and (
+            self.trainer._logger_connector.should_update_logs or self.trainer.is_last_batch
+        ):
+            loss = averaged(loss)
+        self.log("train/loss", loss, **options)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the clean embeddings of images ``(B, C, H, W)``: float32 ``(B, D)`` whatever the precision."""

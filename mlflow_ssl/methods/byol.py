@@ -57,7 +57,7 @@ class BYOL(SSLMethod):
         view_1, view_2 = map(self.lay_out, views)
         loss = (self._bootstrap(view_1, view_2) + self._bootstrap(view_2, view_1)).mean()
         # not for Lightning's progress bar, which would read it back at each step; ours does so when it draws
-        self.log("train/loss", loss)
+        self.log_loss(loss)
         return loss
 
     def _bootstrap(self, view: Tensor, other: Tensor) -> Tensor:

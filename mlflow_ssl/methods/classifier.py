@@ -103,7 +103,7 @@ class Classifier(Method):
         images, labels = batch
         logits: Tensor = self.head(self.backbone(self.lay_out(images)))
         loss = self.loss(logits.float(), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log_loss(loss, prog_bar=True)
         return loss
 
     def classify(self, embeddings: Tensor) -> Tensor:
