@@ -1,12 +1,13 @@
 """How far the backbone gets as it is: what finetuning has to beat."""
 
+import math
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from mlflow_ssl.callbacks.embeddings import Embeddings
+from mlflow_ssl.callbacks.embeddings import Embeddings, Gathered, batch_rows, dealt_rows
 from mlflow_ssl.datamodules import LabelledDataModule
 from mlflow_ssl.evaluation.knn import accuracy, knn_predict
 from mlflow_ssl.evaluation.linear import linear_accuracy
@@ -37,7 +38,7 @@ class BackboneBaseline(Callback):
     ) -> None:
         """Keep a batch of embeddings."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._queries.add(dataloader_idx, outputs, batch[1])
+            self._queries.add(dataloader_idx, outputs, batch[1], batch_rows(trainer, dataloader_idx, batch_idx))
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -45,12 +46,22 @@ class BackboneBaseline(Callback):
         datamodule: Any = getattr(trainer, "datamodule", None)
         if trainer.state.fn != TrainerFn.VALIDATING or not isinstance(datamodule, LabelledDataModule):
             return
-        (queries,) = self._queries.take()
         parts, precision = Embeddings(), trainer.precision_plugin
-        for images, labels in datamodule.clean_train_dataloader():
+        loader: Any = datamodule.clean_train_dataloader()
+        for batch_idx, (images, labels) in enumerate(loader):
             with precision.forward_context():
-                parts.add(0, pl_module.embed(precision.convert_input(images.to(pl_module.device))), labels)
-        (bank,) = parts.take()
+                embeddings = pl_module.embed(precision.convert_input(images.to(pl_module.device)))
+            parts.add(0, embeddings, labels, dealt_rows(loader.batch_sampler, batch_idx))
+        bank, queries = (
+            part.take_one(0).of_all_processes(pl_module.device, everywhere=False) for part in (parts, self._queries)
+        )
+        knn, linear = self._accuracies(bank, queries) if trainer.is_global_zero else (math.nan, math.nan)
+        knn, linear = trainer.strategy.broadcast((knn, linear))
+        pl_module.log("baseline_acc_knn", knn)
+        pl_module.log("baseline_acc_linear", linear)
+
+    def _accuracies(self, bank: Gathered, queries: Gathered) -> tuple[float, float]:
+        """Return those of the neighbours and of the linear classifier."""
         votes = knn_predict(
             queries.embeddings,
             bank.embeddings,
@@ -58,5 +69,4 @@ class BackboneBaseline(Callback):
             num_neighbours=min(self.num_neighbours, len(bank.labels)),
         )
         linear = linear_accuracy(bank.embeddings, bank.labels, queries.embeddings, queries.labels)
-        pl_module.log("baseline_acc_knn", accuracy(votes.majority, queries.labels))
-        pl_module.log("baseline_acc_linear", linear)
+        return accuracy(votes.majority, queries.labels), linear

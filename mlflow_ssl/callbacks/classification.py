@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
-from mlflow_ssl.callbacks.embeddings import Embeddings, have_last_epoch_validated
+from mlflow_ssl.callbacks.embeddings import Embeddings, Gathered, batch_rows, have_last_epoch_validated
 from mlflow_ssl.evaluation.confusion import confusion_matrix, macro_f1
 from mlflow_ssl.methods import Classifier
 
@@ -67,7 +67,7 @@ class ClassificationEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch of embeddings."""
-        self._embeddings.add(dataloader_idx, outputs, batch[1])
+        self._embeddings.add(dataloader_idx, outputs, batch[1], batch_rows(trainer, dataloader_idx, batch_idx))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -83,9 +83,11 @@ class ClassificationEvaluation(Callback):
 
     @torch.no_grad()
     def _log(self, method: Classifier, split: str) -> float:
-        (images,) = self._embeddings.take()
+        (own,) = self._embeddings.take()
         with torch.autocast(method.device.type, enabled=False):
-            logits = method.classify(images.embeddings.to(method.device)).cpu()
+            classified = method.classify(own.embeddings.to(method.device)).cpu()
+        images = Gathered(classified, own.labels, own.rows).of_all_processes(method.device)
+        logits = images.embeddings
         predicted = logits.argmax(1)
         self.evaluated = Classified(images.rows, images.labels, predicted)
         accuracy = float((predicted == images.labels).double().mean())

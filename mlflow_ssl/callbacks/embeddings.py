@@ -95,8 +95,11 @@ def batch_rows(trainer: Trainer, loader: int, batch_idx: int) -> Tensor | None:
     None says that the loader is not one of our datamodules', and its batches come in the order of the images.
     """
     dealt = _dealt(trainer, loader)
-    if dealt is None:
-        return None
+    return None if dealt is None else dealt_rows(dealt, batch_idx)
+
+
+def dealt_rows(dealt: DealtBatches, batch_idx: int) -> Tensor:
+    """Return the number of each image of a batch, -1 where the batch is borrowed."""
     rows = torch.tensor(dealt.rows(batch_idx))
     return torch.full_like(rows, -1) if dealt.borrowed else rows
 

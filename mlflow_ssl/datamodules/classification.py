@@ -21,6 +21,7 @@ from mlflow_ssl.datasets.decode import DecodeError
 from mlflow_ssl.datasets.embedded import DIGITS, digits_folder
 from mlflow_ssl.datasets.index import ImageIndex
 from mlflow_ssl.datasets.naming import check_naming
+from mlflow_ssl.datasets.sampler import DealtBatches
 from mlflow_ssl.datasets.sources import FolderSource, Source, open_source
 from mlflow_ssl.datasets.sources.parts import open_reader
 from mlflow_ssl.datasets.splits import check_sizes
@@ -323,7 +324,12 @@ class ClassificationDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> Any:
         dataset: Any = self._datasets[split]
-        return self._loader(dataset) if len(dataset) else []
+        return self._dealt_loader(dataset) if len(dataset) else []
+
+    def _dealt_loader(self, dataset: Any) -> DataLoader[Any]:
+        """Return a loader of this process's share of the images, in their order."""
+        rank, world_size = rank_and_world_size()
+        return self._loader(dataset, batch_sampler=DealtBatches(len(dataset), self.batch_size, rank, world_size))
 
     def _train_loader(self, dataset: Any) -> DataLoader[Any]:
         rank, world_size = rank_and_world_size()

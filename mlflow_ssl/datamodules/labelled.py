@@ -42,5 +42,8 @@ class LabelledDataModule(ClassificationDataModule):
         return super().images_of(split).labelled()
 
     def clean_train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of the training images through the validation transform, in their order."""
-        return self._loader(self._image_dataset(self.images_of("train"), self.val_transform))
+        """Return batches of the training images through the validation transform, in their order; of a process a share.
+
+        See `mlflow_ssl.datasets.sampler.DealtBatches`.
+        """
+        return self._dealt_loader(self._image_dataset(self.images_of("train"), self.val_transform))

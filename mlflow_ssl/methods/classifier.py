@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from mlflow_ssl.heads import LinearClassifier
@@ -73,6 +74,12 @@ class Classifier(Method):
         """
         backbone = [group | {"lr_scale": self.backbone_lr_scale} for group in parameter_groups(self.backbone)]
         return [*parameter_groups(self.head), *backbone]
+
+    def setup(self, stage: str) -> None:
+        """Have processes that average their gradients expect none of a frozen backbone."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and self.freeze_epochs != 0:
+            strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def set_frozen(self, *, frozen: bool) -> None:
         """Freeze the backbone, or have it learn."""
