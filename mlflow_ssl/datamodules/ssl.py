@@ -17,7 +17,7 @@ from mlflow_ssl.datamodules.classification import ClassificationDataModule
 from mlflow_ssl.datamodules.loading import collate
 from mlflow_ssl.datasets import ImageDataset, TwoAugmentationDataset
 from mlflow_ssl.datasets.index import ImageIndex
-from mlflow_ssl.datasets.sampler import DealtBatches, Key
+from mlflow_ssl.datasets.sampler import Key
 from mlflow_ssl.datasets.sources.shards import ShardSource
 from mlflow_ssl.datasets.splits import SPLITS, deal, sample
 from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
@@ -144,16 +144,22 @@ class SSLDataModule(ClassificationDataModule):
             return batch
         views, labels = batch
         loop: Any = self.trainer.fit_loop.epoch_loop
-        moment = (self.trainer.current_epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
+        moment = (self.trainer.current_epoch, loop.batch_progress.current.ready)
+        finished = self._finished(views, moment, share=rank_and_world_size())
         # Lightning has converted what came before: weights of bfloat16 take no float32
-        return self.trainer.precision_plugin.convert_input(self._finished(views, moment)), labels
+        return self.trainer.precision_plugin.convert_input(finished), labels
 
-    def _finished(self, views: Sequence[Tensor], moment: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Return views ``(B, 3, H, W)`` after the device's transforms, drawn by seed, moment and view alone."""
+    def _finished(
+        self, views: Sequence[Tensor], moment: tuple[int, ...], *, share: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, ...]:
+        """Return views ``(B, 3, H, W)`` after the device's transforms, drawn by seed, moment and view alone.
+
+        ``share`` says which images of a batch of all processes they are, see `mlflow_ssl.views.DeviceViews`.
+        """
         transforms = self.device_transforms or []
         generators = [_generator(self.seed, *moment, view) for view in range(1, len(views) + 1)]
         finished = zip(transforms, views, generators, strict=True)
-        return tuple(transform(images, generator) for transform, images, generator in finished)
+        return tuple(transform(images, generator, share=share) for transform, images, generator in finished)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of pairs of views."""
@@ -202,12 +208,7 @@ class SSLDataModule(ClassificationDataModule):
         """Return the loaders of bank and images; that of the images alone where there is no bank."""
         bank: Any = self._datasets["bank"]
         images: Any = self._datasets[split]
-        rank, world_size = rank_and_world_size()
-        return [
-            self._loader(part, batch_sampler=DealtBatches(len(part), self.batch_size, rank, world_size))
-            for part in (bank, images)
-            if len(part) and len(images)
-        ]
+        return [self._dealt_loader(part) for part in (bank, images) if len(part) and len(images)]
 
     def _bank_and_queries(self) -> tuple[ImageIndex, ImageIndex]:
         bank, queries = self._whole_bank_and_queries()

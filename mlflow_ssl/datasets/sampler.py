@@ -14,7 +14,8 @@ class EpochSampler(Sampler[Key]):
     """All images of an epoch in an order that depends on seed and epoch alone.
 
     It yields epoch and index together. So workers need no shared epoch counter, and what they draw depends neither
-    on their number nor on how far they run ahead.
+    on their number nor on how far they run ahead. Processes are dealt the images in turn: their batches together hold
+    the images that one process would have in a batch of that size.
 
     Args:
         num_images: size of the data set.

@@ -182,18 +182,29 @@ class DeviceViews:
         self.taps = min(2 * math.ceil(3 * self.sigma[1]) + 1, most_taps)
         self.threshold = threshold
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, *, share: tuple[int, int] = (0, 1)) -> Tensor:
         """Return the views, normalized, float32 of shape ``(B, 3, H, W)``.
 
         Args:
             images: bytes 0..255 or numbers in [0, 1], shape ``(B, 3, H, W)``.
             generator: on the host.
+            share: see `draw`.
         """
-        return self.finish(images, self.draw(len(images), generator))
+        return self.finish(images, self.draw(len(images), generator, share=share))
 
-    def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """Return what is to be done to ``count`` images; the first of them are drawn alike for any count."""
-        chance, numbers, order = torch.split(torch.rand(count, 14, generator=generator), [5, 5, 4], dim=1)
+    def draw(self, count: int, generator: torch.Generator, *, share: tuple[int, int] = (0, 1)) -> Drawn:
+        """Return what is to be done to ``count`` images; the first of them are drawn alike for any count.
+
+        Args:
+            count: of the images.
+            generator: on the host.
+            share: which images of a batch of ``count * world_size`` they are: the number of the first, and
+                ``world_size``, the step to the next, as the sampler deals images to processes. Together the processes
+                draw what one would draw for the whole batch.
+        """
+        first, world_size = share
+        drawn = torch.rand(count * world_size, 14, generator=generator)[first::world_size]
+        chance, numbers, order = torch.split(drawn, [5, 5, 4], dim=1)
         chosen = {name: chance[:, place] < share for place, (name, share) in enumerate(self.probabilities.items())}
         strengths = torch.tensor(self.strengths)
         centre = torch.tensor([1.0, 1.0, 1.0, 0.0])

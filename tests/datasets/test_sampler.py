@@ -47,6 +47,17 @@ def test_processes_share_an_epoch_in_equal_disjoint_parts(num_images, world_size
     assert len(set(together)) == len(together) == num_images // world_size * world_size
 
 
+@given(num_batches=st.integers(1, 5), share=st.integers(1, 4), world_size=st.integers(1, 5), seen=st.integers(0, 3))
+def test_a_batch_of_all_processes_holds_the_images_of_one_process_in_its_order(num_batches, share, world_size, seen):
+    batch_size, start = share * world_size, (0, min(seen, num_batches) * share * world_size)
+    alone = list(EpochSampler(num_batches * batch_size, seed=3, start=start))
+    for number in range(len(alone) // batch_size):
+        whole = alone[number * batch_size : (number + 1) * batch_size]
+        for rank in range(world_size):
+            sampler = EpochSampler(num_batches * batch_size, seed=3, rank=rank, world_size=world_size, start=start)
+            assert list(sampler)[number * share : (number + 1) * share] == whole[rank::world_size]
+
+
 def test_what_is_left_over_changes_from_epoch_to_epoch():
     dropped = set()
     for epoch in range(20):

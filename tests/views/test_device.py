@@ -97,6 +97,14 @@ def test_the_first_images_are_drawn_alike_in_a_larger_batch():
     assert all(getattr(few, name).equal(drawn) for name, drawn in vars(many).items())
 
 
+def test_processes_draw_together_what_one_draws_for_the_whole_batch():
+    full = DeviceViews(mean=MEAN, std=STD, blur=0.5, solarize=0.3)
+    whole = full.draw(12, generator())
+    for rank in range(3):
+        share = full.draw(4, generator(), share=(rank, 3))
+        assert all(getattr(share, name)[:].equal(drawn[rank::3]) for name, drawn in vars(whole).items())
+
+
 def test_every_order_of_jittering_comes_as_often():
     orders = Counter(map(tuple, views().draw(24_000, generator()).order.tolist()))
     assert orders.keys() == set(itertools.permutations(range(4)))
@@ -253,7 +261,7 @@ def train_and_look(
     return seen.views
 
 
-def first_number(images, generator):
+def first_number(images, generator, share):
     return torch.rand((), generator=generator).expand(images.shape)
 
 
