@@ -5,7 +5,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.plugins.precision import MixedPrecision
-from tiny import fit, labelled, pairs, tiny_method
+from tiny import Batches, fit, labelled, pairs, tiny_method
 from torch import nn
 from torch.optim import SGD
 
@@ -90,6 +90,32 @@ def test_accumulation_gives_the_gradient_of_the_mean_over_its_batches():
     # the target's BatchNorm normalizes by the batch, so its first batch changes nothing for the second
     for p, w, first, second in zip(method.online.parameters(), before, *moves, strict=True):
         torch.testing.assert_close(p, w + first + second)
+
+
+def test_accumulated_batches_do_what_one_batch_of_all_their_images_does(taus):
+    """Without BatchNorm, which normalizes each batch by itself."""
+
+    def without_batchnorm():
+        method = tiny_method(base_tau=0.7, optimizer=partial(LARS, lr=0.5, weight_decay=1e-3))
+        for network in (method.online, method.target):
+            network.backbone.norm = network.projector[1] = nn.Identity()
+        method.predictor[1] = nn.Identity()
+        return method
+
+    whole, accumulated, start = without_batchnorm(), without_batchnorm(), without_batchnorm()
+    large = pairs(3, batch_size=8)
+    halves = [
+        (tuple(view[part] for view in views), labels[part])
+        for views, labels in large
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    fit(whole, large, max_epochs=2)
+    fit(accumulated, Batches(halves), max_epochs=2, accumulate_grad_batches=2)
+    assert_same_state(accumulated, whole)
+    assert taus[:6] == taus[6:] == [cosine_tau(k, total_steps=6, base=0.7) for k in range(6)]
+    for name in ("online", "target"):
+        moved = getattr(whole, name).backbone.conv.weight - getattr(start, name).backbone.conv.weight
+        assert moved.abs().max() > 1e-4
 
 
 def test_the_first_update_uses_base_tau_and_the_last_comes_close_to_1(taus):
