@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 BLOCK = 256
@@ -45,7 +47,8 @@ class LARS(Optimizer):
     Weight decay comes before the trust ratio :math:`r`, which is 1 where either norm is 0 and in groups with
     ``adapt`` false. timm's ``Lars`` divides by the sum of the norms of gradient and decay instead of the norm of
     their sum, and stops adapting where the decay is 0: a different optimizer. All tensors of a group move in a few
-    fused kernels, whose number does not depend on that of the tensors.
+    fused kernels, whose number does not depend on that of the tensors. Of tensors that are shared among processes, each
+    moves its part, by the norms of the whole.
 
     With ``clip`` the ratio is :math:`\min(r / \gamma, 1)`: the rate bounds the step, and the ratio can only shorten it.
 
@@ -97,7 +100,7 @@ class LARS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for params in _parcels([p for p in group["params"] if p.grad is not None]):
-                _move(params, group, self.state, self._rows(params))
+                _move(params, group, self.state, self._rows(list(map(_part, params))))
         return loss
 
     def _rows(self, params: list[Tensor]) -> Tensor:
@@ -112,10 +115,13 @@ class LARS(Optimizer):
 
 
 def _parcels(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors that are moved at once: of one device and type, and on a CPU as many as its cache holds."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    """Yield the tensors that are moved at once: of one kind, and on a CPU as many as its cache holds.
+
+    Where processes share the tensors, all of them have the same parcels.
+    """
+    alike: dict[tuple[torch.device, torch.dtype, DeviceMesh | None], list[Tensor]] = {}
     for p in params:
-        parcel = alike.setdefault((p.device, p.dtype), [])
+        parcel = alike.setdefault((p.device, p.dtype, _sharers(p)), [])
         if parcel and p.device.type == "cpu" and sum(each.numel() for each in parcel) + p.numel() > IN_CACHE:
             yield parcel[:]
             parcel.clear()
@@ -124,20 +130,18 @@ def _parcels(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any], rows: Tensor) -> None:
-    updates = _laid_out(params, rows)
-    torch._foreach_copy_(updates, [p.grad for p in params if p.grad is not None])
+    parts = list(map(_part, params))
+    updates = _laid_out(parts, rows)
+    torch._foreach_copy_(updates, [_part(p.grad) for p in params if p.grad is not None])
     if group["weight_decay"]:
-        torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        torch._foreach_add_(updates, parts, alpha=group["weight_decay"])
     if group["adapt"]:
         most = group["lr"] if group.get("clip") else None  # checkpoints from before the option have none
-        ratios = _trust_ratios(params, updates, group["trust_coefficient"], most=most)
+        ratios = _trust_ratios(parts, updates, group["trust_coefficient"], most=most, sharers=_sharers(params[0]))
         # a row has one factor: `_foreach_mul_` by a list of numbers would be a kernel a tensor
-        rows.mul_(ratios.index_select(0, _owners(tuple(map(_num_rows, params)), rows.device))[:, None])
-    for p in params:
-        if "velocity" not in state[p]:
-            state[p]["velocity"] = torch.zeros_like(p)
+        rows.mul_(ratios.index_select(0, _owners(tuple(map(_num_rows, parts)), rows.device))[:, None])
     torch._fused_sgd_(
-        *(list(map(_flat, tensors)) for tensors in (params, updates, [state[p]["velocity"] for p in params])),
+        *(list(map(_flat, tensors)) for tensors in (parts, updates, [_velocity(p, state[p]) for p in params])),
         weight_decay=0.0,  # is in the updates
         momentum=group["momentum"],
         lr=group["lr"],
@@ -146,6 +150,26 @@ def _move(params: list[Tensor], group: dict[str, Any], state: dict[Tensor, Any],
         maximize=False,
         is_first_step=False,
     )
+
+
+def _velocity(p: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return this process's part of a parameter's velocity, laid out in memory as the parameter is."""
+    velocity = state.get("velocity")
+    if velocity is None:
+        velocity = state["velocity"] = torch.zeros_like(p)
+    elif velocity.stride() != p.stride():  # goes on from a checkpoint of weights that lay otherwise
+        velocity = state["velocity"] = torch.empty_like(p).copy_(velocity)
+    return _part(velocity)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor: all of it, unless the training is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharers(p: Tensor) -> DeviceMesh | None:
+    """Return the processes that each have a part of a tensor; None where it is whole."""
+    return p.device_mesh if isinstance(p, DTensor) else None
 
 
 def _laid_out(params: list[Tensor], rows: Tensor) -> list[Tensor]:
@@ -172,12 +196,19 @@ def _owners(num_rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.tensor(num_rows)).to(device)
 
 
-def _trust_ratios(params: list[Tensor], updates: list[Tensor], coefficient: float, *, most: float | None) -> Tensor:
+def _trust_ratios(
+    params: list[Tensor], updates: list[Tensor], coefficient: float, *, most: float | None, sharers: DeviceMesh | None
+) -> Tensor:
     """Return one ratio per tensor, ``(T,)``, on the device: no value is read back to the host.
 
     Where there is a learning rate ``most``, a ratio is a share of it, at most 1.
     """
-    weight_norms, update_norms = torch.stack(torch._foreach_norm([*params, *updates])).view(2, -1)
+    norms = torch.stack(torch._foreach_norm([*params, *updates])).view(2, -1)
+    if sharers is not None:
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=sharers.get_group())
+        norms = squares.sqrt()
+    weight_norms, update_norms = norms
     ratios = coefficient * weight_norms / update_norms
     if most is not None:
         ratios = (ratios / most).clamp(max=1)  # 1 at a rate of 0, where a warm-up begins

@@ -238,3 +238,24 @@ def test_an_optimizer_of_torch_takes_the_groups_and_spares_biases_and_norms_the_
     torch.optim.AdamW(parameter_groups(network), lr=0.1, weight_decay=0.5).step()
     for p, old in zip(network.parameters(), before, strict=True):
         torch.testing.assert_close(p, old if p.ndim == 1 else 0.95 * old)
+
+
+def test_a_velocity_from_weights_that_lay_otherwise_goes_on():
+    weights, grads = random_tensors(SHAPES, seed=0), [random_tensors(SHAPES, seed) for seed in (1, 2)]
+    expected = stepped(weights, grads)
+    begun = [nn.Parameter(p.clone()) for p in weights]
+    former = LARS(begun, lr=0.5, weight_decay=0.05, trust_coefficient=0.01)
+    params = [nn.Parameter(p) for p in channels_last(begun)]
+    for p, grad in zip(begun, grads[0], strict=True):
+        p.grad = grad
+    former.step()
+    with torch.no_grad():
+        for p, q in zip(params, begun, strict=True):
+            p.copy_(q)
+    optimizer = LARS(params, lr=0.5, weight_decay=0.05, trust_coefficient=0.01)
+    optimizer.load_state_dict(former.state_dict())
+    for p, grad in zip(params, grads[1], strict=True):
+        p.grad = grad
+    optimizer.step()
+    for got, want in zip(params, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
