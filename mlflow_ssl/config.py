@@ -41,6 +41,7 @@ KNOWN_PARTS = (
     "mlflow_ssl.methods.",
     "mlflow_ssl.optimizers.",
     "mlflow_ssl.schedules.",
+    "mlflow_ssl.sharding.",
     "mlflow_ssl.tasks.finetune.",
     "mlflow_ssl.tasks.ssl.",
     "mlflow_ssl.transforms.",

@@ -123,12 +123,15 @@ class LossWatch:
 def check_weights(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Have no checkpoint written of weights that are not finite.
 
+    The processes decide together: where they share the weights, only the first has them.
+
     Raises:
         DivergedError: if there are such.
     """
     weights = checkpoint.get("state_dict", {}).values()
     finite = [each.isfinite().all() for each in weights if isinstance(each, Tensor) and each.is_floating_point()]
-    if finite and not bool(torch.stack([each.to(finite[0].device) for each in finite]).all()):
+    bad = bool(finite) and not bool(torch.stack([each.to(finite[0].device) for each in finite]).all())
+    if trainer.strategy.reduce_boolean_decision(bad, all=False):
         raise diverged("the weights", "NaN or infinity", f"after step {trainer.global_step}", trainer)
 
 

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlflow_ssl.compiling import compile_mode, compile_networks
+from mlflow_ssl.errors import InputError
 from mlflow_ssl.optimizers import parameter_groups, scale_rates
 from mlflow_ssl.processes import agree_on_buffers, averaged, rank_and_world_size
+from mlflow_ssl.sharding import is_sharded, shard
 
 
 class Method(LightningModule, ABC):
@@ -50,9 +52,20 @@ class Method(LightningModule, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return what the optimizer moves; a group's ``lr_scale`` multiplies its learning rate."""
 
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """Return the modules that are called as a whole; together they have all weights."""
+
+    def configure_model(self) -> None:
+        """Share the weights among the processes, where `mlflow_ssl.sharding.ShardedStrategy` trains."""
+        if self.device_mesh is not None:
+            for network in self.networks():
+                shard(network, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
-        """Lay the weights out as the images will be."""
-        self.to(memory_format=self.memory_format)
+        """Lay the weights out as the images will be, but for parts of weights, which lie as they are gathered."""
+        if not is_sharded(self):
+            self.to(memory_format=self.memory_format)
 
     def lay_out(self, images: Tensor) -> Tensor:
         """Return images ``(B, C, H, W)`` in the memory format of the weights."""
@@ -138,10 +151,23 @@ class SSLMethod(Method):
         return self.trained_modules()
 
     def on_fit_start(self) -> None:
-        """Lay the weights out, and have the networks compiled where that is asked for."""
+        """Lay the weights out, and have the networks compiled where that is asked for.
+
+        Raises:
+            InputError: if it is, and processes share the weights.
+        """
         super().on_fit_start()
+        if self._compile_mode and is_sharded(self):
+            raise InputError(
+                f"model.compile must be false with trainer=lightning_fsdp, whose processes gather weights between the "
+                f"operations of a network, got {self._compile_mode}"
+            )
         if self._compile_mode:
             compile_networks(self.step_networks(), self._compile_mode)
+
+    def networks(self) -> list[nn.Module]:
+        """Return backbone and projector: an evaluation calls each alone."""
+        return list(self.online.children())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return weights, and vectors, which are not decayed."""

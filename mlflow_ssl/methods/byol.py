@@ -51,6 +51,10 @@ class BYOL(SSLMethod):
         """Return encoder, predictor and target."""
         return [*self.trained_modules(), self.target]
 
+    def networks(self) -> list[nn.Module]:
+        """Return backbone and projector of both networks, and the predictor."""
+        return [*super().networks(), self.predictor, *self.target.children()]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch ``((view_1, view_2), labels)``: both directions summed, mean over images."""
         views, _ = batch

@@ -66,6 +66,10 @@ class Classifier(Method):
         """The backbone."""
         return self.backbone
 
+    def networks(self) -> list[nn.Module]:
+        """Return backbone and head."""
+        return [self.backbone, self.head]
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the head's groups, then the backbone's.
 

@@ -21,6 +21,7 @@ from mlflow_ssl.datamodules import ClassificationDataModule
 from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.machine import settle
 from mlflow_ssl.methods import Method
+from mlflow_ssl.sharding import load_whole, made_whole, without_weights
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.startup import Ahead, collect_again
 from mlflow_ssl.tasks.deploy import deploy
@@ -76,6 +77,7 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
         start.check_data(digest, changed_allowed=unresolved.resume_changed_data)
         seed_everything(config.core.seed, workers=True, verbose=False)
         method: Method = build(config.model)
+        blank = without_weights(method)  # for those that are shared among processes
         if start.run_id is None:  # before there is a run, so that any run can be resumed
             write_composed(unresolved, overrides, output)
             write_resolved(config, output)
@@ -98,8 +100,8 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
 
             task.report(run, config, datamodule, callbacks)
             metrics = _summarized(run, val_acc, tested)
-            deployable = task.deployable(config, method, datamodule, callbacks)
-            version = deploy(config, deployable, datamodule, run, metrics, steps=trainer.global_step)
+            whole = made_whole(method, blank)
+            version = _deployed(task, config, whole, datamodule, callbacks, run, metrics, steps=trainer.global_step)
             outcome = Outcome(
                 metrics=metrics,
                 run_id=run.run_id,
@@ -196,10 +198,27 @@ def _take_best(method: Method, callbacks: dict[str, Any]) -> float | None:
     if best is None or not best.best_model_path:
         return None
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    method.load_state_dict(checkpoint["state_dict"])
+    load_whole(method, checkpoint["state_dict"])
     log.info("best checkpoint: step %d, %s %.4f", checkpoint["global_step"], best.monitor, best.best_model_score)
     # that of the callback which measures it, whatever the checkpoint was chosen by
     return next((state["val_acc"] for state in checkpoint["callbacks"].values() if "val_acc" in state), None)
+
+
+@rank_zero_only
+def _deployed(
+    task: Task,
+    config: DictConfig,
+    method: Method,
+    datamodule: ClassificationDataModule,
+    callbacks: Mapping[str, Callback],
+    run: Run,
+    metrics: Mapping[str, float],
+    *,
+    steps: int,
+) -> str | None:
+    """Export and register what the training hands over; see `mlflow_ssl.tasks.deploy.deploy`."""
+    deployable = task.deployable(config, method, datamodule, callbacks)
+    return deploy(config, deployable, datamodule, run, metrics, steps=steps)
 
 
 def _summarized(run: Run, val_acc: float | None, tested: dict[str, float]) -> dict[str, float]:
