@@ -25,9 +25,10 @@ from mlflow_ssl.optimizers import LARS
 from mlflow_ssl.sharding import ShardedStrategy, made_whole, whole_state, without_weights
 
 OPTIMIZERS = {
-    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    # attention does not depend on the bias of its keys: by default AdamW makes steps of the rounding in that gradient
+    "adamw": partial(torch.optim.AdamW, lr=0.01, eps=1e-3),
     "lars": partial(LARS, lr=0.5, weight_decay=0.01, trust_coefficient=0.1),
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "sgd": partial(torch.optim.SGD, lr=20.0, momentum=0.9),
 }
 SETTINGS = {"adamw": {}, "lars": {}, "sgd": {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2}}
 STEPS = 4
