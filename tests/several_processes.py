@@ -166,8 +166,8 @@ def finetune(images, out, processes):
 
 def train(images, out, processes):
     """Train two epochs, export the network, and write what this process has found."""
-    record, knn, health = Record(), KNN(num_neighbours=5, temperature=0.05), Health()
-    trainer = trainer_of(processes, [record, knn, health, LinearProbe()])
+    record, knn, health, probe = Record(), KNN(num_neighbours=5, temperature=0.05), Health(), LinearProbe()
+    trainer = trainer_of(processes, [record, knn, health, probe])
     network = method()
     trainer.fit(network, datamodule(images, BATCH // processes))
     device = torch.device("cpu")
@@ -180,6 +180,7 @@ def train(images, out, processes):
         "classes": [type(module).__name__ for module in network.modules()],
         "weights": network.state_dict(),
         "metrics": metrics(trainer),
+        "probe": probe.state_dict()["classifier"],
         "reading": dict(vars(health.history[-1])),
         "evaluated": knn.last,
     }
