@@ -1,6 +1,7 @@
 """Which image comes when."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,10 +51,15 @@ class EpochSampler(Sampler[Key]):
         for index in self.order(epoch)[seen // self.world_size :]:
             yield epoch, int(index)
 
-    def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the images that this process sees in an epoch, in their order."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-        return order[self.rank : len(self) * self.world_size : self.world_size]
+    def order(self, epoch: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Return the images that this process sees in an epoch, in their order.
+
+        A hundred million images are shuffled in 400 MB, in a process of each GPU, of which only its own share stays.
+        """
+        order = np.arange(self.num_images, dtype=np.uint32 if self.num_images <= 2**32 else np.uint64)
+        np.random.default_rng((self.seed, epoch)).shuffle(order)
+        # a view would keep the whole order for as long as the epoch lasts
+        return np.ascontiguousarray(order[self.rank : len(self) * self.world_size : self.world_size])
 
 
 class DealtBatches(Sampler[list[int]]):

@@ -3,6 +3,7 @@
 import logging
 import random
 import tarfile
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mlflow_ssl.datasets.sampler import Key
 from mlflow_ssl.datasets.sources.shards import shard_of
-from mlflow_ssl.datasets.tables import column, encode
+from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class ShardStream(IterableDataset[Any]):
 
     Args:
         root: the folder of the shards.
-        table: path, offset and size of the training images; a key is epoch and row of this table.
+        table: paths of the training images, those of a shard side by side as an index has them; a key is epoch and
+            row of this table.
         make: gives the sample of an image's bytes and key, or None for one that is skipped.
         seed: another seed, another order.
         batch_size: of the loader.
@@ -74,10 +76,9 @@ class ShardStream(IterableDataset[Any]):
         self._epoch = torch.tensor(start[0])
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._paths = column(table, "path")
-        shards = encode([shard_of(path.as_py()) for path in self._paths])
-        self._shards: list[str] = shards.dictionary.to_pylist()
-        self._counts = np.bincount(shards.indices.to_numpy(), minlength=len(self._shards))
-        self._rows_of = [np.flatnonzero(shards.indices.to_numpy() == number) for number in range(len(self._shards))]
+        self._rows_of = rows_by_shard(self._paths)
+        self._shards = list(self._rows_of)
+        self._counts = np.array([len(rows) for rows in self._rows_of.values()], dtype=np.int64)
         if len(self._shards) < world_size:
             raise InputError(
                 f"datamodule.data_path must hold a shard for each of the {world_size} processes at least, got "
@@ -178,7 +179,7 @@ class ShardStream(IterableDataset[Any]):
         """
         for number in shards.tolist():
             shard = self._shards[number]
-            rows = {self._paths[row].as_py(): row for row in self._rows_of[number].tolist()}
+            rows = {self._paths[row].as_py(): row for row in self._rows_of[shard]}
             try:
                 for path, data in _read_shard(self.root, shard, rows):
                     yield rows.pop(path), data  # a second member of the name does not count
@@ -187,6 +188,29 @@ class ShardStream(IterableDataset[Any]):
                     log.warning("%s was readable at the start and breaks off now: %s", shard, error)
             for row in rows.values():
                 yield row, b""
+
+
+def rows_by_shard(paths: pa.Array) -> dict[str, range]:
+    """Return the rows of each shard.
+
+    It looks at few of the paths, since there may be a hundred million.
+
+    Args:
+        paths: of images, those of a shard side by side, shape ``(N,)``.
+
+    Example:
+        >>> rows_by_shard(pa.array(["a.tar/0.png", "a.tar/1.png", "b.tar/0.png"]))
+        {'a.tar': range(0, 2), 'b.tar': range(2, 3)}
+    """
+    rows: dict[str, range] = {}
+    start = 0
+    while start < len(paths):
+        shard = shard_of(paths[start].as_py())
+        others = range(start, len(paths))
+        end = start + bisect_left(others, True, key=lambda row: shard_of(paths[row].as_py()) != shard)
+        rows[shard] = range(start, end)
+        start = end
+    return rows
 
 
 def _read_shard(root: Path, shard: str, paths: Container[str]) -> Iterator[tuple[str, bytes]]:

@@ -58,6 +58,19 @@ def test_a_batch_of_all_processes_holds_the_images_of_one_process_in_its_order(n
             assert list(sampler)[number * share : (number + 1) * share] == whole[rank::world_size]
 
 
+@pytest.mark.parametrize("num_images", [1, 50, 4097])
+def test_the_order_is_numpys_permutation_by_seed_and_epoch(num_images):
+    """Trainings that were begun with it go on with it."""
+    permutation = np.random.default_rng((3, 2)).permutation(num_images)
+    np.testing.assert_array_equal(EpochSampler(num_images, seed=3).order(2), permutation)
+
+
+def test_of_an_epoch_a_process_keeps_its_own_share_alone():
+    part = EpochSampler(1000, seed=0, rank=3, world_size=10).order(0)
+    assert part.base is None
+    assert part.nbytes == 4 * 100
+
+
 def test_what_is_left_over_changes_from_epoch_to_epoch():
     dropped = set()
     for epoch in range(20):

@@ -1,11 +1,14 @@
 import tarfile
 from collections import Counter
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from shards import png, write_shards, write_tar
 
 from mlflow_ssl.datasets.sources.shards import ShardSource
-from mlflow_ssl.datasets.stream import ShardStream, StreamLoader
+from mlflow_ssl.datasets.stream import ShardStream, StreamLoader, rows_by_shard
 from mlflow_ssl.errors import InputError
 
 BYTES = {png(number): number for number in range(100)}
@@ -180,3 +183,33 @@ def test_there_are_no_more_workers_than_shards(folder):
 def test_what_cannot_be_shared_out_is_refused(folder, options, message):
     with pytest.raises(InputError, match=message):
         stream(folder, **options)
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=6))
+def test_the_rows_of_a_shard_are_those_that_name_it(sizes):
+    named = [f"{number}.tar" for number, size in enumerate(sizes) for _ in range(size)]
+    found = rows_by_shard(pa.array([f"{name}/{row}.tar/x.png" for row, name in enumerate(named)], pa.string()))
+    assert {name: list(rows) for name, rows in found.items()} == {
+        name: [row for row, other in enumerate(named) if other == name] for name in sorted(set(named))
+    }
+
+
+class CountedPaths:
+    """Paths of so many images in so many shards, made when they are asked for."""
+
+    def __init__(self, images, shards):
+        self.images, self.shards, self.asked = images, shards, 0
+
+    def __len__(self):
+        return self.images
+
+    def __getitem__(self, row):
+        self.asked += 1
+        return pa.scalar(f"{row * self.shards // self.images:05d}.tar/{row:09d}.jpg")
+
+
+def test_the_shards_of_a_hundred_million_images_are_found_by_few_looks():
+    paths = CountedPaths(10**8, 100)
+    found = rows_by_shard(paths)
+    assert set(map(len, found.values())) == {10**6}
+    assert paths.asked <= 100 * 30
