@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,22 @@ class ImageIndex:
         return bool(self.table["digest"].null_count == 0)
 
     def split(self, name: str) -> "ImageIndex":
-        """Return the rows of one split."""
-        return ImageIndex(self.table.filter(pc.equal(decoded(self.table["split"]), name)).combine_chunks())
+        """Return the rows of one split: the same each time, since a hundred million have no room for copies."""
+        if name not in self._splits:
+            found = self.table.filter(pc.equal(decoded(self.table["split"]), name)).combine_chunks()
+            self._splits[name] = ImageIndex(found)
+        return self._splits[name]
+
+    @cached_property
+    def _splits(self) -> "dict[str, ImageIndex]":
+        return {}
 
     def labelled(self) -> "ImageIndex":
-        """Return the rows of images that have a class."""
-        return ImageIndex(self.table.filter(pc.greater_equal(self.table["label"], 0)).combine_chunks())
+        """Return the rows of images that have a class; itself where all have."""
+        has_class = pc.greater_equal(self.table["label"], 0)
+        if pc.all(has_class, min_count=0).as_py():
+            return self
+        return ImageIndex(self.table.filter(has_class).combine_chunks())
 
     def take(self, rows: npt.NDArray[np.int64]) -> "ImageIndex":
         """Return some rows."""

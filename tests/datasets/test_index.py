@@ -69,6 +69,14 @@ def test_index_splits_and_takes_rows():
     assert index.take(np.array([3, 1])).labels.tolist() == [3, 1]
 
 
+def test_a_split_is_taken_once_and_its_labelled_images_without_a_copy_where_all_are():
+    index = table(split=["train", "val", "train"], label=[0, -1, 1])
+    assert index.split("train") is index.split("train") is index.split("train").labelled()
+    assert len(index.split("val").labelled()) == 0
+    assert len(index.split("test").labelled()) == 0
+    assert pickle.loads(pickle.dumps(index)).split("train").paths == ["a/0.png", "a/2.png"]
+
+
 def test_index_of_an_empty_split_has_paths_and_labels():
     empty = table(label=[0]).split("test")
     assert (len(empty), empty.paths, empty.labels.tolist(), empty.labels.dtype) == (0, [], [], np.int64)
