@@ -45,6 +45,7 @@ class LastCheckpoint(Callback):
         self._validation_seconds = float("inf")
         self._random: dict[str, Any] | None = None
         self._world_size = 1
+        self._dealt_anew = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the random number generators, and the number of processes."""
@@ -59,6 +60,9 @@ class LastCheckpoint(Callback):
         self._world_size = trainer.world_size
         stop_signals.install()
         self._saved = time.monotonic()
+        reschedule: Any = getattr(pl_module, "reschedule", None)
+        if self._dealt_anew and reschedule is not None:
+            reschedule()
         if self._random is not None and trainer.is_global_zero:
             set_random_state(self._random)
             self._random = None
@@ -120,10 +124,15 @@ class LastCheckpoint(Callback):
             settle_between_batches(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count the batches of this epoch as this many processes would have."""
+        """Where there are other processes than before, count batches and steps as those would have."""
         before = checkpoint["callbacks"].get(self.state_key, {}).get("world_size", trainer.world_size)
-        if "loops" in checkpoint:
-            count_anew(checkpoint["loops"]["fit_loop"], before=before, now=trainer.world_size)
+        if "loops" not in checkpoint or before == trainer.world_size:
+            return
+        deal: Any = getattr(trainer.datamodule, "deal_anew", None)  # type: ignore[attr-defined]
+        count_anew(checkpoint["loops"]["fit_loop"], before=before, now=trainer.world_size, done=deal and deal())
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule.pop("base_lrs", None)  # those of another global batch
+        self._dealt_anew = True
 
     def _before_long_validation(self, trainer: Trainer) -> bool:
         last_step = trainer.fit_loop.epoch_loop.batch_progress.current.ready + trainer.accumulate_grad_batches - 1
@@ -151,13 +160,14 @@ def settle_between_batches(fit_loop: dict[str, Any]) -> None:
             counts["ready"] = counts["started"] = counts["completed"] + under_way
 
 
-def count_anew(fit_loop: dict[str, Any], *, before: int, now: int) -> None:
+def count_anew(fit_loop: dict[str, Any], *, before: int, now: int, done: int | None = None) -> None:
     """Rewrite how many batches of the epoch are done, in place, for another number of processes.
 
-    Each has a batch of its own at a time. What does not go up evenly is done again.
+    Each has a batch of its own at a time. Where nobody says how many are ``done``, what does not go up evenly is left
+    out.
     """
     counts = fit_loop["epoch_loop.batch_progress"]["current"]
-    done = counts["completed"] * before // now
+    done = -(-counts["completed"] * before // now) if done is None else done
     counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
 
 

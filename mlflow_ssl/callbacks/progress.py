@@ -55,7 +55,7 @@ class Progress(ProgressBar):
             counts = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)
             self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *counts, console=Console(stderr=True))
             self._bar.start()
-            self._bar.add_task(status(trainer, styled=True), total=int(trainer.estimated_stepping_batches))
+            self._bar.add_task(status(trainer, styled=True), total=_steps(trainer))
             if _filling(trainer):
                 self._bar.add_task("images in the cache")
 
@@ -83,7 +83,7 @@ class Progress(ProgressBar):
                 bar.update(task, visible=False)
 
     def _write_line(self, trainer: Trainer, seconds: float) -> None:
-        total, done = int(trainer.estimated_stepping_batches), trainer.global_step
+        total, done = _steps(trainer), trainer.global_step
         left = seconds * (total - done) / max(done - self._first_step, 1)
         filling = _filling(trainer)
         cache = f"  cache {filling[0]:,}/{filling[1]:,}" if filling else ""
@@ -122,6 +122,11 @@ def _state(trainer: Trainer, *, styled: bool) -> list[str]:
     judging = (each for each in callbacks if isinstance(each, Health))
     states = [each.verdict.state for each in judging if each.verdict is not None and each.history[-1].step > 0]
     return [f"[bold red]{state}[/]" if styled and state in ALARMING else state for state in states]
+
+
+def _steps(trainer: Trainer) -> int:
+    """Return how many optimizer steps the training will have made."""
+    return int(trainer.estimated_stepping_batches) - int(getattr(trainer.lightning_module, "steps_ahead", 0))
 
 
 def _filling(trainer: Trainer) -> tuple[int, int] | None:

@@ -144,6 +144,7 @@ class ClassificationDataModule(LightningDataModule):
         self._pixels: PixelCache | None = None
         self._datasets: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
+        self._images_done = 0
         self._said_loading = False
 
     # the table of images
@@ -339,8 +340,7 @@ class ClassificationDataModule(LightningDataModule):
                 f"datamodule.batch_size must be at most the training split's {len(sampler)} images, "
                 f"got {self.batch_size}"
             )
-        # BatchNorm cannot normalize a batch of one image
-        drop_last = len(sampler) % self.batch_size == 1
+        drop_last = num_batches(len(sampler), self.batch_size) * self.batch_size < len(sampler)
         return self._loader(dataset, sampler=sampler, drop_last=drop_last, persistent=True)
 
     def _loader(self, dataset: Any, *, persistent: bool = False, **kwargs: Any) -> DataLoader[Any]:
@@ -396,7 +396,26 @@ class ClassificationDataModule(LightningDataModule):
         # Lightning looks for that in the loader, and finds nothing
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         together = self.batch_size * (self.trainer.world_size if self.trainer else 1)
-        self._position = (state_dict["epoch"], state_dict["images"] // together * together)
+        self._images_done = state_dict["images"]
+        self._position = (state_dict["epoch"], self._images_done // together * together)
+
+    def deal_anew(self) -> int:
+        """Go on with another number of processes than before, at the next whole optimizer step of theirs.
+
+        The images up to there, less than a step's, are left out of this epoch: none is in it twice. Only where they
+        would be the last of the epoch are some done again.
+
+        Returns:
+            The batches of each process that count as done.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        steps = trainer.accumulate_grad_batches  # batches
+        together = self.batch_size * trainer.world_size
+        own = len(self.index.split("train")) // trainer.world_size  # images
+        done = whole_steps(self._images_done, together, steps, batches=num_batches(own, self.batch_size))
+        self._position = (self._position[0], done * together)
+        return done
 
     # what a joblib dump holds
 
@@ -408,8 +427,37 @@ class ClassificationDataModule(LightningDataModule):
             "_pixels": None,
             "_datasets": {},
             "_position": (0, 0),
+            "_images_done": 0,
         }
         return self.__dict__ | left_out
+
+
+def num_batches(images: int, batch_size: int) -> int:
+    """Return the batches of an epoch; one of a single image is left out, as BatchNorm cannot normalize it.
+
+    Example:
+        >>> num_batches(10, 4), num_batches(9, 4)
+        (3, 2)
+    """
+    return images // batch_size + (images % batch_size > 1)
+
+
+def whole_steps(images: int, together: int, accumulated: int, *, batches: int) -> int:
+    """Return the batches that count as done where images are: whole optimizer steps, and not the epoch's last.
+
+    Args:
+        images: of the epoch that have been trained on.
+        together: images that all processes train on at once.
+        accumulated: batches of an optimizer step.
+        batches: of the epoch, for each process.
+
+    Example:
+        >>> whole_steps(24, 16, 1, batches=5), whole_steps(24, 16, 3, batches=5), whole_steps(24, 16, 1, batches=2)
+        (2, 3, 1)
+    """
+    step = together * accumulated
+    up, down = -(-images // step) * accumulated, images // step * accumulated
+    return up if up < batches else down
 
 
 def _strings(words: Sequence[str] | str | None) -> list[str] | None:

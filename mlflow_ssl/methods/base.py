@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mlflow_ssl.compiling import compile_mode, compile_networks
 from mlflow_ssl.errors import InputError
@@ -42,6 +42,7 @@ class Method(LightningModule, ABC):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        self.steps_ahead = 0
 
     @property
     @abstractmethod
@@ -111,15 +112,51 @@ class Method(LightningModule, ABC):
         scheduler = self._make_scheduler(
             optimizer,
             total_steps=self.total_steps,
-            steps_per_epoch=math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches),
+            steps_per_epoch=self._steps_per_epoch,
             global_batch=self.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
+        """Optimizer steps of the whole training, if as many processes had made all of it."""
         return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def schedule_step(self) -> int:
+        """Where the training is in its schedules: among `total_steps`.
+
+        It is the optimizer step, but for `steps_ahead` where the number of processes has changed on the way.
+        """
+        return int(self.global_step) + self.steps_ahead
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+
+    def reschedule(self) -> None:
+        """Go on in the schedules where as many processes as there are now would be, as the training begins.
+
+        Other processes make another global batch, another peak of the learning rate, and another number of steps an
+        epoch: what holds is the share of the epochs that is done.
+        """
+        loop: Any = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        done = batches.completed // self.trainer.accumulate_grad_batches if epochs.started > epochs.processed else 0
+        step = self.trainer.current_epoch * self._steps_per_epoch + done
+        self.steps_ahead = step - int(self.global_step)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LambdaLR):
+                config.scheduler.last_epoch = step - 1
+                config.scheduler.step()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep `steps_ahead`."""
+        checkpoint["steps_ahead"] = self.steps_ahead
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with `steps_ahead`."""
+        self.steps_ahead = checkpoint.get("steps_ahead", 0)
 
 
 class SSLMethod(Method):

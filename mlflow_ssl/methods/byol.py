@@ -82,7 +82,7 @@ class BYOL(SSLMethod):
         return configured
 
     def _follow(self, *_: Any) -> None:
-        tau = cosine_tau(self.global_step, total_steps=self.total_steps, base=self.base_tau)
+        tau = cosine_tau(self.schedule_step, total_steps=self.total_steps, base=self.base_tau)
         with record_function("target update"):  # `mlflow_ssl.evaluation.step_parts` finds it by this name in a trace
             update_target(self.target, self.online, tau=tau)
         self.tau = tau

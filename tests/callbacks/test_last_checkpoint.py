@@ -286,7 +286,7 @@ def test_random_states_are_put_back_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "done", "expected"), [(1, 2, 7, 3), (2, 1, 3, 6), (4, 4, 5, 5), (2, 3, 4, 2)]
+    ("before", "now", "done", "expected"), [(1, 2, 7, 4), (2, 1, 3, 6), (4, 4, 5, 5), (2, 3, 4, 3)]
 )
 def test_batches_are_counted_anew_for_another_number_of_processes(before, now, done, expected):
     counts = {"ready": done, "started": done, "processed": done, "completed": done}
@@ -294,3 +294,48 @@ def test_batches_are_counted_anew_for_another_number_of_processes(before, now, d
     module.count_anew(fit_loop, before=before, now=now)
     assert set(counts.values()) == {expected}
     assert fit_loop["epoch_loop.batch_progress"]["total"] == {"completed": 40}
+
+
+class Schedules(Callback):
+    """Remember learning rate and tau of each step, by epoch and batch."""
+
+    def __init__(self):
+        self.rates, self.taus = {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates[trainer.current_epoch, batch_idx] = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.taus[trainer.current_epoch, batch_idx] = pl_module.tau
+
+
+@pytest.mark.parametrize(("position", "goes_on"), [(1, (0, 2)), (4, (1, 2)), (6, (2, 0))])
+def test_half_as_many_processes_go_on_as_if_they_had_made_all_of_it(training, position, goes_on):
+    """Two processes with batches of 4 have seen what one with batches of 8 has."""
+
+    def with_batches(training, size):
+        training.datamodule.batch_size = training.method.batch_size = size
+        training.method._make_scheduler.keywords["reference_batch"] = 8
+        return training
+
+    whole, seen = with_batches(training("whole", expected := Schedules()), 4).fit(), Witness()
+    with pytest.raises(Interrupted):
+        with_batches(training("two", Terminate(position), witness=seen), 8).fit()
+    half = with_batches(training("two", Terminate(2), found := Schedules(), witness=(witness := Witness())), 4)
+    saved = torch.load(half.path, weights_only=True)
+    saved["callbacks"]["LastCheckpoint"]["world_size"] = 2
+    torch.save(saved, half.path)
+    with pytest.raises(Interrupted):
+        half.fit(resume=True)
+    resumed = with_batches(training("two", found, witness=witness), 4).fit(resume=True)
+
+    rest = [batch for batch in whole.witness.batches if batch[:2] >= goes_on]
+    assert _once(witness.batches) == rest
+    assert found.rates == pytest.approx({key: rate for key, rate in expected.rates.items() if key >= goes_on})
+    assert found.taus == pytest.approx({key: tau for key, tau in expected.taus.items() if key >= goes_on})
+    assert resumed.trainer.global_step == position + len(rest)
+
+
+def _once(batches):
+    """Return batches without the one that a signal came before."""
+    return list(dict.fromkeys(batches))
