@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 2
     except MachineError as error:
+        _give_back_run("FAILED", str(error))
         _say(f"error: {error}")
         return 1
     except NotSynced as error:

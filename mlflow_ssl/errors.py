@@ -11,6 +11,10 @@ class MachineError(RuntimeError):
     """Something that the machine refuses, such as a full disk: shown as one line, exit code 1, no traceback."""
 
 
+class ProcessError(MachineError):
+    """Another process of a training has failed, which this one cannot go on without."""
+
+
 class NotSynced(RuntimeError):  # noqa: N818 nothing went wrong
     """The training is done, and not all of it is in MLflow yet: shown in two lines, exit code 3."""
 

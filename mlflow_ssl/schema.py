@@ -20,6 +20,7 @@ class Core(_Group):
     output_dir: str = Field(min_length=1)
     log_level: Literal["debug", "info", "warning", "error"]
     demonstration: list[str]
+    hang_seconds: float | None = Field(45, gt=0)
 
 
 class Transforms(BaseModel):

@@ -21,6 +21,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._waiting_allowed = False
+        self._ignored = False
         self._received: int | None = None
 
     @contextlib.contextmanager
@@ -31,6 +32,7 @@ class StopSignals:
             return
         before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGALRM)}
         self._received = None
+        self._ignored = False
         self.install()
         try:
             yield
@@ -57,11 +59,17 @@ class StopSignals:
         if self._received is not None:
             raise Interrupted(self._received)
 
+    def ignore(self) -> None:
+        """Take no notice of any more signals: the program is ending for another reason; any thread may say so."""
+        self._ignored = True
+
     def received(self) -> int | None:
         """Return the signal that waits."""
         return self._received
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self._ignored:
+            return
         if self._waiting_allowed and self._received is None and signum != signal.SIGALRM:
             self._received = signum
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)

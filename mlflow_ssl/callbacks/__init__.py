@@ -14,6 +14,7 @@ from mlflow_ssl.callbacks.pictures import Pictures
 from mlflow_ssl.callbacks.pixel_baseline import PixelBaseline
 from mlflow_ssl.callbacks.profile import Profile
 from mlflow_ssl.callbacks.progress import Progress
+from mlflow_ssl.callbacks.pulse import Pulse
 from mlflow_ssl.callbacks.step_metrics import StepMetrics
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "PixelBaseline",
     "Profile",
     "Progress",
+    "Pulse",
     "StepMetrics",
 ]

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ from mlflow_ssl.datasets.bad_images import BadImageList
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.processes import from_first, is_first_process
 from mlflow_ssl.secret import RedactingFormatter
+from mlflow_ssl.siblings import FOLDER as PROCESSES
 
 BAD_IMAGES = "bad_images.csv"
 
 SHARED_VARIABLE = "MLFLOW_SSL_OUTPUT_DIR"
 """Tells the other processes of a distributed training where the first one writes."""
+ATTEMPT_VARIABLE = "MLFLOW_SSL_ATTEMPT"
+"""Tells them which attempt at the training they are part of."""
 
 
 def shared_output() -> str | None:
@@ -41,7 +45,7 @@ def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Itera
         InputError: if the folder is there already and holds something, or cannot be made.
     """
     if not shared_output():
-        from_first(lambda: _make(folder, resumed=resumed))
+        os.environ[ATTEMPT_VARIABLE] = from_first(lambda: _make(folder, resumed=resumed))
         os.environ[SHARED_VARIABLE] = str(folder)
     handlers = [(logging.getLogger(), _file_handler(folder / "main.log"))]
     if is_first_process():
@@ -59,9 +63,16 @@ def open_output(folder: Path, *, log_level: str, resumed: bool = False) -> Itera
             logger.removeHandler(handler)
             handler.close()
         os.environ.pop(SHARED_VARIABLE, None)
+        os.environ.pop(ATTEMPT_VARIABLE, None)
 
 
-def _make(folder: Path, *, resumed: bool) -> None:
+def process_folder(output: Path) -> Path:
+    """Return where the processes of this attempt at a training tell each other how they are."""
+    return output / PROCESSES / os.environ.get(ATTEMPT_VARIABLE, "0")
+
+
+def _make(folder: Path, *, resumed: bool) -> str:
+    """Make the output folder, and return a name for this attempt at the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         occupied = any(folder.iterdir()) and not resumed
@@ -69,6 +80,7 @@ def _make(folder: Path, *, resumed: bool) -> None:
         raise InputError(f"core.output_dir cannot be made: {folder}: {error.strerror}") from error
     if occupied:
         raise InputError(f"core.output_dir must be new or empty, got {folder}")
+    return secrets.token_hex(4)
 
 
 def _file_handler(file: Path) -> logging.Handler:

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "callbacks.profile.",
     "callbacks.last_checkpoint.every_seconds",
     "core.log_level",
+    "core.hang_seconds",
 )
 """Keys, and beginnings of keys, that a resumed training may be given anew: none of them changes what is computed.
 

@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.utilities import rank_zero_only
 
 from mlflow_ssl.batchnorm import use_batchnorm_sync
-from mlflow_ssl.callbacks import Monitors
+from mlflow_ssl.callbacks import Monitors, Pulse
 from mlflow_ssl.checkpoint_io import AtomicCheckpointIO
 from mlflow_ssl.config import build, write_composed, write_resolved
 from mlflow_ssl.datamodules import ClassificationDataModule
@@ -25,6 +25,7 @@ from mlflow_ssl.sharding import load_whole, made_whole, without_weights
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.startup import Ahead, collect_again
 from mlflow_ssl.tasks.deploy import deploy
+from mlflow_ssl.tasks.launcher import watch_processes, watched
 from mlflow_ssl.tasks.output import BAD_IMAGES, open_output, write_data
 from mlflow_ssl.tasks.resume import find_start
 from mlflow_ssl.tasks.summary import Outcome, closing_words, data_words
@@ -64,7 +65,10 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
     began = time.monotonic()
     start = find_start(unresolved, overrides)
     config, output = start.config, start.output
-    with open_output(output, log_level=config.core.log_level, resumed=start.run_id is not None):
+    with (
+        open_output(output, log_level=config.core.log_level, resumed=start.run_id is not None),
+        watched(output, seconds=config.core.get("hang_seconds", 45.0)),
+    ):
         task: Task = build(config.task)
         settle(config)
         datamodule: ClassificationDataModule = build(config.datamodule)
@@ -180,7 +184,7 @@ def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback],
     trainer: Trainer = build(
         config.trainer,
         logger=MLflowLogger(run),
-        callbacks=[Monitors(callbacks), *callbacks.values()],
+        callbacks=[Pulse(), Monitors(callbacks), *callbacks.values()],
         default_root_dir=str(output),
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the config asks for another
@@ -188,6 +192,7 @@ def _build_trainer(config: DictConfig, run: Run, callbacks: dict[str, Callback],
     use_batchnorm_sync(trainer)
     # what our callbacks log of an evaluation, they have made of the images of all processes
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
+    watch_processes(trainer)
     run.step = lambda: trainer.global_step
     return trainer
 

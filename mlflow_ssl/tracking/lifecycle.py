@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,12 +19,14 @@ from mlflow.exceptions import MlflowException
 from mlflow_ssl.errors import InputError, Interrupted, MachineError, NotSynced
 from mlflow_ssl.processes import is_first_process
 from mlflow_ssl.secret import redact
+from mlflow_ssl.siblings import Failure
 from mlflow_ssl.tracking.history import stored_metrics
 from mlflow_ssl.tracking.note import failure_note
 from mlflow_ssl.tracking.opening import REASON_TAG, check_answers, connect, open_run, without_password
-from mlflow_ssl.tracking.run import Run, RunRecord, lock_output
+from mlflow_ssl.tracking.run import FOLDER, Run, RunRecord, lock_output
 from mlflow_ssl.tracking.source import git_tags, version_tags
 from mlflow_ssl.tracking.system import SystemMetrics
+from mlflow_ssl.watch import watch
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +86,16 @@ def tracked_run(
         system = SystemMetrics(run) if config["tracking"]["system_metrics"] else None
         if system:
             system.start()
+        patience = config["tracking"]["wait_at_end_seconds"]
+        watch.end_run = functools.partial(_end_for_failure, run, patience=patience)
         status, reason = "FINISHED", ""
         try:
             with _environment(IMPATIENCE):
                 yield run
+            watch.depart()
         except BaseException as error:
-            status, reason = _ending(error)
+            failure = watch.leave(error)
+            status, reason = _ending(error) if failure is None else (failure.status, failure.reason)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise MachineError(reason) from error
             raise
@@ -95,9 +103,15 @@ def tracked_run(
             if system:
                 system.stop()
             with _environment(IMPATIENCE | QUIET | (HASTE if status == "KILLED" else {})):
-                arrived = _end(run, status, redact(reason), patience=config["tracking"]["wait_at_end_seconds"])
+                arrived = _end(run, status, redact(reason), patience=patience)
             if not arrived and status == "FINISHED":
                 raise NotSynced(_unsynced_words(run))
+
+
+def _end_for_failure(run: Run, failure: Failure, *, patience: float) -> None:
+    """End a run whose own thread is stuck, from another."""
+    with _environment(IMPATIENCE | QUIET | (HASTE if failure.signum else {})):
+        _end(run, failure.status, redact(failure.reason), patience=patience)
 
 
 def _ending(error: BaseException) -> tuple[str, str]:
@@ -166,6 +180,8 @@ def _say_ended(record: RunRecord, status: str, *, patience: float) -> bool:
     """Tell MLflow that a run has ended, and return whether it listened."""
     give_up = time.monotonic() + patience
     try:
+        if mlflow.active_run() is None:  # in another thread than the run's
+            MlflowClient().set_terminated(record.run_id, status, record.end_time)
         mlflow.end_run(status)  # forgets the run before it asks the server
     except Exception as error:
         log.debug("the run's end did not reach MLflow: %s", error)
@@ -197,8 +213,16 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(key, None)
 
 
-def sync(output: Path) -> None:
+def sync(
+    output: Path, *, status: str = "KILLED", reason: str = "the process ended without a word", patience: float = 30
+) -> None:
     """Send what an output folder holds and MLflow lacks, and end its run; any number of times.
+
+    Args:
+        output: the output folder.
+        status: of a run whose process could not say how it ended.
+        reason: of that.
+        patience: seconds without any success after which it is given up.
 
     Raises:
         InputError: if the folder is no run's, or is being written to.
@@ -215,25 +239,45 @@ def sync(output: Path) -> None:
             raise NotSynced(str(error)) from error
         run = Run(client, record, output)
         try:
-            if not run.drain(patience=30):
+            if not run.drain(patience=patience):
                 raise NotSynced(_unsynced_words(run))
-            _end_stored(client, record, output)
+            _end_stored(client, record, output, status=status, reason=reason)
         finally:
             run.close()
     for reason in run.refused:
         log.warning("refused, and kept in %s: %s", output, reason)
 
 
-def _end_stored(client: MlflowClient, record: RunRecord, output: Path) -> None:
+def _end_stored(client: MlflowClient, record: RunRecord, output: Path, *, status: str, reason: str) -> None:
     if record.status is None:  # its process was killed before it could say anything
-        record = dataclasses.replace(record, status="KILLED", end_time=int(time.time() * 1000))
-        reason = "the process ended without a word"
+        record = dataclasses.replace(record, status=status, end_time=int(time.time() * 1000))
         resumable = (output / "checkpoints" / "last.ckpt").exists()
-        note = failure_note(record.run_id, status="KILLED", reason=reason, output=output, resumable=resumable)
+        note = failure_note(record.run_id, status=status, reason=reason, output=output, resumable=resumable)
         for key, value in {REASON_TAG: reason, NOTE_TAG: note}.items():
             client.set_tag(record.run_id, key, value)
         record.write(output)
     client.set_terminated(record.run_id, record.status, record.end_time)
+
+
+def end_lost_run(output: Path, failure: Failure) -> None:
+    """End the run of a first process that is gone, in the place of it, if nobody else is at it."""
+    if not (output / FOLDER / "run.json").exists():
+        end_unopened_run(failure)
+        return
+    try:
+        if RunRecord.read(output).status is not None:  # it has ended in good order
+            return
+        sync(output, status=failure.status, reason=redact(failure.reason), patience=STOP_SECONDS)
+    except (InputError, NotSynced) as error:
+        log.debug("the run could not be ended: %s", error)
+    else:
+        sys.stderr.write(f"error: {failure.reason}\n")  # nobody else will
+
+
+def end_unopened_run(failure: Failure) -> None:
+    """End the run that ``mlflow run`` opened, where there is one that was not taken over."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        end_launched_run(os.environ.pop("MLFLOW_RUN_ID"), status=failure.status, reason=failure.reason)
 
 
 def end_launched_run(run_id: str, *, status: str, reason: str) -> None:
