@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -134,7 +134,7 @@ class _Simulation:
     def _latency(self) -> float:
         return self.pipeline.latency * math.exp(self.draw.gauss(0, self.pipeline.latency_spread))
 
-    def _read(self, line: simpy.Resource, wait: float) -> Iterator[Any]:
+    def _read(self, line: simpy.Resource, wait: float) -> Generator[Any, Any, None]:
         if wait:
             yield self.environment.timeout(wait)
         nbytes = self.pipeline.piece * self.pipeline.image_bytes
@@ -151,19 +151,21 @@ class _Simulation:
         nbytes = self.pipeline.piece * self.pipeline.image_bytes
         there = simpy.Store(self.environment, capacity=max(round(self.pipeline.read_ahead / nbytes), 1))
 
-        def read() -> Iterator[Any]:
+        def read() -> Generator[Any, Any, None]:
             for piece in pieces:
                 yield from piece
                 yield there.put(True)
 
-        def take() -> Iterator[Any]:
+        def take() -> Generator[Any, Any, None]:
             yield there.get()
 
         self.environment.process(read())
         while True:
             yield take()
 
-    def _make(self, pieces: Iterator[Iterator[Any]], made: simpy.Store, room: simpy.Container) -> Iterator[Any]:
+    def _make(
+        self, pieces: Iterator[Iterator[Any]], made: simpy.Store, room: simpy.Container
+    ) -> Generator[Any, Any, None]:
         """Make batches, as a worker does."""
         pipeline = self.pipeline
         while True:
@@ -173,7 +175,7 @@ class _Simulation:
                 yield self.environment.timeout(pipeline.piece * pipeline.image_seconds)
             yield made.put(True)
 
-    def _train(self) -> Iterator[Any]:
+    def _train(self) -> Generator[Any, Any, None]:
         """Take a batch for each GPU, from the workers in turn, and step with all of them."""
         waited, number = 0.0, 0
         while True:
@@ -236,7 +238,7 @@ DEVICE = 1 / 1319
 and ``device_views.py``."""
 
 
-SHORT = {"seconds": 15.0, "warm_up": 10.0}
+SHORT: dict[str, Any] = {"seconds": 15.0, "warm_up": 10.0}
 
 
 def workers_for(pipeline: Pipeline) -> int:
@@ -266,7 +268,7 @@ def print_sweep() -> None:
     base = Pipeline()
     base = replace(base, workers=workers_for(base))
     print("\n| changed | to | GPUs wait, % | images a second of a GPU |\n| --- | --- | --- | --- |")
-    changes: dict[str, Sequence[float]] = {
+    changes: dict[str, Sequence[Any]] = {
         "workers": (1, 3, 4),
         "prefetch": (1, 2, 8),
         "read_ahead": (0, 2e6, 32e6),
@@ -437,7 +439,7 @@ def _sleeping_stream() -> Any:
     class SleepingStream(ShardStream):
         latency = (0.0, 0.0)
 
-        def _read(self, shards: Any) -> Iterator[Any]:
+        def _read(self, shards: Any) -> Generator[Any, Any, None]:
             median, spread = self.latency
             draw = random.Random(int(shards[0]))  # each worker has others
             for number in range(len(shards)):

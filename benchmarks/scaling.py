@@ -218,7 +218,7 @@ def unhidden_share(noted: Sequence[dict[str, Any]]) -> float:
     ]
     first_summed = WARM % 2  # where `lasted` begins, and whether its first is even
     summed, alone = (statistics.median(lasted[start::2]) for start in (first_summed, 1 - first_summed))
-    return 1 - alone / summed
+    return float(1 - alone / summed)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from servers import running_postgresql, running_server
+from servers import running_postgresql, running_server  # type: ignore[import-not-found]
 
 from mlflow_ssl.tracking.delivery import RecordDelivery
 from mlflow_ssl.tracking.journal import Journal
