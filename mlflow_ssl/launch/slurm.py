@@ -34,7 +34,6 @@ ASK_SECONDS = 10.0
 TASK_POLL_SECONDS = 0.1
 STOP_SECONDS = 60
 """How long a training that is told to stop may take to save."""
-SPREAD = ("trainer.strategy=ddp",)
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit codes of a training that was told to stop."""
 OVER = {
@@ -237,7 +236,7 @@ def _executor(folder: Path, settings: SlurmSettings) -> Any:
 def _job(project: Project, settings: SlurmSettings) -> Job:
     words = [sys.executable if word == "python" else word for word in project.words]
     if project.trains and settings.nodes * settings.tasks > 1:
-        words += [f"trainer.devices={settings.tasks}", f"trainer.num_nodes={settings.nodes}", *SPREAD]
+        words += [f"trainer.devices={settings.tasks}", f"trainer.num_nodes={settings.nodes}"]
     path = os.pathsep.join(filter(None, (str(project.folder), os.environ.get("PYTHONPATH"))))
     return Job(tuple(words), str(project.folder), project.environment | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
 

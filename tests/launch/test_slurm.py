@@ -23,7 +23,7 @@ def test_a_training_is_spread_over_the_tasks():
     job = slurm._job(project("--experiment", "byol"), SlurmSettings(nodes=2, tasks_per_node=4))
     assert job.words == (
         *(sys.executable, "-m", "mlflow_ssl", "--experiment", "byol"),
-        *("trainer.devices=4", "trainer.num_nodes=2", "trainer.strategy=ddp"),
+        *("trainer.devices=4", "trainer.num_nodes=2"),
     )
 
 
