@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,7 +201,7 @@ def whole(config: Any, case: Case, steps: int, folder: Path) -> Timing:
     config.callbacks.model_checkpoint.dirpath = config.callbacks.last_checkpoint.dirpath = str(output / "checkpoints")
     seed_everything(0, verbose=False)
     datamodule = build(config.datamodule)
-    with tracked_run(_plain(config), output=output) as run:
+    with chdir(folder), tracked_run(_plain(config), output=output) as run:  # where artifacts are put
         callbacks = {"marks": Marks()} | {name: build(node) for name, node in config.callbacks.items() if node}
         _build_trainer(config, run, callbacks, output).fit(build(config.model), datamodule)
     return between(marks[WARM], marks[WARM + steps], steps)

@@ -19,6 +19,7 @@ class Finetune(Task):
     """The network is the config's ``source``; what is registered is a new model, which names it."""
 
     look = "What is taken for what: artifacts `evaluation/confusion_matrix.png` and `evaluation/worst_confused.html`."
+    network_follows_data = True  # as many outputs as classes
 
     def fit_to_data(self, config: DictConfig, datamodule: Any) -> None:
         """Check batch size, normalization and exports; fill in the number of classes and their weights."""

@@ -18,6 +18,8 @@ class Task(ABC):
 
     look: str
     """Where a finished run's page says that there is something to see."""
+    network_follows_data = False
+    """Whether the data decide about the network; otherwise it is built while they are read."""
 
     @abstractmethod
     def fit_to_data(self, config: DictConfig, datamodule: ClassificationDataModule) -> None:

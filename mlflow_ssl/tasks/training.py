@@ -74,13 +74,13 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
         datamodule: ClassificationDataModule = build(config.datamodule)
         images = Ahead(datamodule.prepare_data)
         images.glance(seconds=1.0)  # small data, and most mistakes in data, come to an end before any store is made
+        method = None if task.network_follows_data else _build_method(config)
         prepare_store(config.tracking.uri)
         images.result()
         task.fit_to_data(config, datamodule)
         digest = datamodule.index.digest
         start.check_data(digest, changed_allowed=unresolved.resume_changed_data)
-        seed_everything(config.core.seed, workers=True, verbose=False)
-        method: Method = build(config.model)
+        method = method or _build_method(config)
         blank = without_weights(method)  # for those that are shared among processes
         if start.run_id is None:  # before there is a run, so that any run can be resumed
             write_composed(unresolved, overrides, output)
@@ -119,6 +119,13 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
             )
             _close(run, config, datamodule, outcome, steps=trainer.global_step, look=task.look)
     return outcome
+
+
+def _build_method(config: DictConfig) -> Method:
+    """Return the method with weights that follow from the seed; so do the random numbers after them."""
+    seed_everything(config.core.seed, workers=True, verbose=False)
+    method: Method = build(config.model)
+    return method
 
 
 @rank_zero_only
