@@ -258,8 +258,8 @@ def running_postgresql():
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install psycopg2-binary")
     port, programs = free_port(), found[-1].parent
-    # not below pytest's own folder, which no other user may enter
-    with tempfile.TemporaryDirectory(prefix="postgresql-") as name:
+    # neither pytest's own folder nor every TMPDIR is one that another user may enter
+    with tempfile.TemporaryDirectory(prefix="postgresql-", dir="/tmp" if os.geteuid() == 0 else None) as name:
         as_user = []
         if os.geteuid() == 0:  # it refuses to run as root
             shutil.chown(name, "postgres")
