@@ -1,13 +1,9 @@
 """What 2 and 4 processes make of the same global batches is what one makes of them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import write_images
+from scripts import run_script
 from several_processes import LOGGED_EVERY, MEAN, STD, layers, method
 
 from mlflow_ssl.export import DeploymentNetwork, load_torchscript
@@ -24,16 +20,7 @@ def out(tmp_path_factory):
     for split, counts in {"train": (14, 13, 13), "val": (4, 4, 4), "test": (2, 2, 2)}.items():
         for number, count in enumerate(counts):  # one class alone is not brighter than another
             write_images(images / split, {"abc"[number]: count}, size=10, seed=10 * count + number)
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "several_processes.py"), str(images), str(folder)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("several_processes.py", images, folder)
     return folder
 
 

@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mlflow
 import pytest
 import sharded_training
 import timm
 import torch
+from scripts import run_script
 from sharded_training import OPTIMIZERS, vit_method
 from torch import nn
 from training import SMALL, only_output, only_run
@@ -91,16 +91,7 @@ def shared(tmp_path_factory):
     """Return the folder that two processes have written, after one has written where they go on."""
     out = tmp_path_factory.mktemp("out")
     alone(out / "alone.ckpt", "lars")
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "sharded_training.py"), str(out)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("sharded_training.py", out)
     return out
 
 

@@ -1,13 +1,9 @@
 """What two processes measure together is what one process measures."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import write_images
+from scripts import run_script
 from tiny import quiet_trainer, tiny_method
 from torch import nn
 from two_processes import callbacks, datamodule, kept
@@ -30,16 +26,7 @@ def images(tmp_path_factory):
 def found(images, tmp_path_factory):
     """Return what each of two processes has found."""
     out = tmp_path_factory.mktemp("out")
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "two_processes.py"), str(images), str(out), "2"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("two_processes.py", images, out, "2")
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

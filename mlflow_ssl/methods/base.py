@@ -196,8 +196,8 @@ class SSLMethod(Method):
         super().on_fit_start()
         if self._compile_mode and is_sharded(self):
             raise InputError(
-                f"model.compile must be false with trainer=lightning_fsdp, whose processes gather weights between the "
-                f"operations of a network, got {self._compile_mode}"
+                "model.compile must be false with trainer=lightning_fsdp, whose processes gather weights between the "
+                "operations of a network"
             )
         if self._compile_mode:
             compile_networks(self.step_networks(), self._compile_mode)

@@ -63,15 +63,6 @@ def fit_to_labels(config: DictConfig, datamodule: LabelledDataModule) -> None:
     if config.callbacks.get("model_checkpoint") and not len(datamodule.images_of("val")):
         log.warning("no val_acc in this run, since there are no validation images: the last checkpoint is the best")
         config.callbacks.model_checkpoint = None
-    if config.model.freeze_epochs != 0 and config.trainer.strategy in ("auto", "ddp") and _many_processes(config):
-        # otherwise the processes wait for each other's gradients of what is frozen
-        config.trainer.strategy = "ddp_find_unused_parameters_true"
-
-
-def _many_processes(config: DictConfig) -> bool:
-    devices = config.trainer.devices
-    num_devices = devices if isinstance(devices, int) else len(devices)
-    return num_devices != 1 or config.trainer.num_nodes > 1  # -1 and "auto" are all that there are
 
 
 def class_weights(asked: Any, counts: Sequence[int]) -> list[float] | None:
