@@ -1,8 +1,8 @@
 """How a training scales over processes: ``python benchmarks/scaling.py [--rounds 3] [--steps 16] [KEY=VALUE]``.
 
-Whole trainings, ``torchrun -m mlflow_ssl``, of 1, 2, 4, ... GPUs where there are some (nccl, synchronized BatchNorm),
-otherwise of 1 and 2 processes on the CPU (gloo). There each has a core of its own and a thread, and loads its images
-itself; BatchNorm is not synchronized. Each round has them all in turns, every other the other way round:
+Whole trainings, ``torchrun -m mlflow_ssl``, of 1, 2, 4, ... GPUs where there are some (nccl), otherwise of 1 and 2
+processes on the CPU (gloo). There each has a core of its own and a thread, and loads its images itself. BatchNorm is
+synchronized, as it is by default. Each round has them all in turns, every other the other way round:
 
 - ``weak``: each process has the batch of the one, so that the ideal step takes as long;
 - ``strong``: all share the batch of the one, so that the ideal step takes a part of the time;
@@ -138,7 +138,6 @@ def command(training: Training, images: Path, scratch: Path, steps: int, words: 
         *(f"transforms.input_width={sized.pixels}", f"datamodule.batch_size={training.batch}"),
         *(f"datamodule.num_workers={'auto' if gpu else 0}", "datamodule.verify=none", "datamodule.val_size=0.05"),
         *("datamodule.test_size=0.05", f"trainer.accelerator={'gpu' if gpu else 'cpu'}", "trainer.max_epochs=1"),
-        *(f"trainer.sync_batchnorm={'true' if gpu and training.processes > 1 else 'false'}",),
         *(f"trainer.limit_train_batches={WARM + steps}", "trainer.limit_val_batches=0"),
         *(f"core.output_dir={scratch / 'out'}", "+callbacks.watch._target_=scaling.Watch"),
         *words,

@@ -72,8 +72,8 @@ class SharedOnCPU(torch.autograd.Function):
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), momentum)
-        ctx.save_for_backward(images, weight, mean, (variance + eps).rsqrt(), count)
-        ctx.process_group = process_group
+        ctx.save_for_backward(images, weight, mean, variance, count)
+        ctx.process_group, ctx.eps = process_group, eps
         # with statistics that are given: torch's own kernel
         scale, shift = (None if each is None else each.to(mean.dtype) for each in (weight, bias))
         return F.batch_norm(images, mean, variance, scale, shift, training=False, eps=eps)
@@ -85,36 +85,29 @@ class SharedOnCPU(torch.autograd.Function):
         .. math:: \nabla x = \frac{w}{\sigma}
             \left(\nabla y - \frac{1}{n} \sum \nabla y - \frac{\hat{x}}{n} \sum \nabla y\, \hat{x}\right)
         """
-        images, weight, mean, inverse_deviation, count = ctx.saved_tensors
-        axes, channels = _axes(images), _channels(images)
-        gradient = gradients[0].to(mean.dtype)
-        normalized = (images - mean.view(channels)) * inverse_deviation.view(channels)
-        sums = torch.stack([gradient.sum(axes), (gradient * normalized).sum(axes)])  # (2, C)
-        to_bias, to_weight = (None if weight is None else each.to(weight.dtype, copy=True) for each in sums)
-        to_images = None
-        if ctx.needs_input_grad[0]:
-            distributed.all_reduce(sums, group=ctx.process_group)
-            of_ones, of_normalized = (sums / count).view(2, *channels)
-            scale = inverse_deviation if weight is None else inverse_deviation * weight
-            to_images = (gradient - of_ones - normalized * of_normalized) * scale.view(channels)
-            to_images = to_images.to(images.dtype)
+        images, weight, mean, variance, count = ctx.saved_tensors
+        wide = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        # by torch's own kernel for statistics that are given: the first term, and this process's two sums
+        to_images, *sums = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], images, wide, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        to_weight, to_bias = (None if weight is None else each.to(weight.dtype, copy=True) for each in sums)
+        if not ctx.needs_input_grad[0]:
+            return None, to_weight, to_bias, *[None] * 6
+        both = torch.stack(sums)  # (2, C)
+        distributed.all_reduce(both, group=ctx.process_group)
+        of_normalized, of_ones = -both / count * wide * (variance + ctx.eps).rsqrt()
+        # what is left is a weight and a bias for the normalized images
+        to_images += F.batch_norm(images, mean, variance, of_normalized, of_ones, training=False, eps=ctx.eps)
         return to_images, to_weight, to_bias, *[None] * 6
-
-
-def _axes(images: Tensor) -> list[int]:
-    """Return the axes that a channel's statistics are taken over."""
-    return [axis for axis in range(images.dim()) if axis != 1]
-
-
-def _channels(images: Tensor) -> list[int]:
-    """Return the shape of one number a channel, beside images ``(B, C, ...)``."""
-    return [1, -1] + [1] * (images.dim() - 2)
 
 
 def _of_all_processes(images: Tensor, group: Any, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean and variance ``(C,)`` of each channel and the count of its numbers, in float32 at least."""
     wide = torch.promote_types(images.dtype, torch.float32)
-    variance, mean = torch.var_mean(images.to(wide), _axes(images), correction=0)
+    # torch's kernel returns statistics in the type of the running ones
+    running = torch.zeros(2, images.shape[1], dtype=wide)
+    mean, variance = torch.batch_norm_update_stats(images, running[0], running[1], 0.0)
     count = mean.new_tensor([images.numel() // images.shape[1]])
     own = torch.cat([mean, variance, count])
     all_own = [torch.empty_like(own) for _ in range(world_size)]
