@@ -1,4 +1,4 @@
-"""This package beside its peers, in one run and in turns: ``python benchmarks/peers.py [--rounds 3]``.
+"""This package beside its peers, in one run and in turns: ``python benchmarks/peers.py [--rounds 3] [--size 224]``.
 
 lightly and Quadra each get an environment of their own (see `peer_environments`); one that cannot be had is named and
 left out. All get the same JPEG files, ResNet-18, heads, batch, views (the paper's), LARS and number of loader workers,
@@ -41,9 +41,10 @@ from peer_environments import LIGHTLY, QUADRA, NotInstalledError, peer_python
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 
-SIZE, BATCH = 64, 64
+BATCHES = {64: 64, 224: 32}
+"""Images of a batch, by the pixels of their sides."""
 CLASSES = 4
-TRAIN, OTHERS = 640, 64  # images to train on; to validate, and to test
+BATCHES_AN_EPOCH, OTHERS = 10, 64  # of images to train on; images to validate, and to test
 STEPS, WARM_UP = 5, 1  # of the step alone
 SECONDS = 2.0  # of views
 KNN = ("2000", "50000", "512", "20", "10")  # queries, entries, dimensions, neighbours, classes
@@ -64,6 +65,29 @@ VERSIONS = (
     "import platform, torch, pytorch_lightning; "
     "print(platform.python_version(), torch.__version__, pytorch_lightning.__version__)"
 )
+
+
+@dataclass
+class Images:
+    """What all train on.
+
+    Attributes:
+        folder: has them twice, see `write_images`.
+        size: pixels of a view's sides.
+    """
+
+    folder: Path
+    size: int
+
+    @property
+    def batch(self) -> int:
+        """Return how many a batch has."""
+        return BATCHES[self.size]
+
+    @property
+    def count(self) -> int:
+        """Return how many are trained on."""
+        return self.batch * BATCHES_AN_EPOCH
 
 
 @dataclass
@@ -88,11 +112,11 @@ class Candidate:
     found: dict[str, list[float]] = field(default_factory=lambda: {measure: [] for measure in MEASURES})
 
 
-def write_images(folder: Path) -> None:
+def write_images(images: Images) -> None:
     """Write JPEG files of 256 px twice: split, with folders ``train``, ``val`` and ``test``, and all in one."""
     from views import write_images as write_some
 
-    counts = {"train": TRAIN, "val": OTHERS, "test": OTHERS}
+    folder, counts = images.folder, {"train": images.count, "val": OTHERS, "test": OTHERS}
     for split, count in counts.items():
         for label in range(CLASSES):
             place = folder / "split" / split / f"class_{label}"
@@ -103,7 +127,7 @@ def write_images(folder: Path) -> None:
                 os.link(path, all_of_class / f"{split}_{path.name}")
 
 
-def candidates(images: Path, without: Sequence[str]) -> list[Candidate]:
+def candidates(images: Images, without: Sequence[str]) -> list[Candidate]:
     """Return lightly, ours twice, and Quadra where it can be had."""
     found = []
     for peer, make in ((LIGHTLY, lightly), (QUADRA, quadra)):
@@ -117,19 +141,21 @@ def candidates(images: Path, without: Sequence[str]) -> list[Candidate]:
     return [*found[:place], *ours(images), *found[place:]]
 
 
-def lightly(python: str, images: Path) -> Candidate:
+def lightly(python: str, images: Images) -> Candidate:
     """Return lightly, with the defaults of its example."""
     script = str(SCRIPTS / "lightly_byol.py")
-    words = [python, "-W", "ignore", script, "train", str(images / "split" / "train"), str(SIZE), str(BATCH)]
-    return Candidate(LIGHTLY.name, python, script, [*words, "1", str(WORKERS), "32-true"])
+    sizes = (str(images.folder / "split" / "train"), str(images.size), str(images.batch))
+    words = [python, "-W", "ignore", script, "train", *sizes, "1", str(WORKERS), "32-true"]
+    return Candidate(LIGHTLY.name, python, script, words)
 
 
-def ours(images: Path) -> list[Candidate]:
+def ours(images: Images) -> list[Candidate]:
     """Return this package in float32, and as it is by default."""
     words = [
         *(sys.executable, "-W", "ignore", "-m", "mlflow_ssl", "experiment=base/ssl/byol", "trainer=auto"),
-        *(f"data_path={images / 'split'}", f"datamodule.batch_size={BATCH}", f"datamodule.num_workers={WORKERS}"),
-        *(f"transforms.input_height={SIZE}", f"transforms.input_width={SIZE}", "backbone.small_stem=false"),
+        *(f"data_path={images.folder / 'split'}", f"datamodule.batch_size={images.batch}"),
+        *(f"datamodule.num_workers={WORKERS}", "backbone.small_stem=false"),
+        *(f"transforms.input_height={images.size}", f"transforms.input_width={images.size}"),
         *("trainer.accelerator=cpu", "trainer.max_epochs=1", "callbacks.pictures.projection=pca"),
         "+callbacks.stopwatch._target_=stopwatch.Stopwatch",
     ]
@@ -142,15 +168,15 @@ def ours(images: Path) -> list[Candidate]:
     ]
 
 
-def quadra(python: str, images: Path) -> Candidate:
+def quadra(python: str, images: Images) -> Candidate:
     """Return Quadra by its command line, with its own defaults but for the sizes; it starts without weights."""
-    share = OTHERS / (TRAIN + 2 * OTHERS)
+    share = OTHERS / (images.count + 2 * OTHERS)
     words = [
         *(str(Path(python).parent / "quadra"), "experiment=base/ssl/byol", "trainer=lightning_cpu", "logger=csv"),
-        *(f"datamodule.data_path={images / 'all'}", f"datamodule.batch_size={BATCH}"),
+        *(f"datamodule.data_path={images.folder / 'all'}", f"datamodule.batch_size={images.batch}"),
         *(f"datamodule.num_workers={WORKERS}", f"datamodule.val_size={share}", f"datamodule.test_size={share}"),
-        *(f"transforms.input_height={SIZE}", f"transforms.input_width={SIZE}", "backbone.model.pretrained=false"),
-        *("trainer.max_epochs=1", "trainer.devices=1", "export.types=[]"),
+        *(f"transforms.input_height={images.size}", f"transforms.input_width={images.size}"),
+        *("backbone.model.pretrained=false", "trainer.max_epochs=1", "trainer.devices=1", "export.types=[]"),
         "+callbacks.stopwatch._target_=stopwatch.Stopwatch",
     ]
     return Candidate(QUADRA.name, python, None, words, parts=())
@@ -216,25 +242,25 @@ def memory_of(pid: int) -> float:
     return 0.0
 
 
-def measure_training(candidate: Candidate, folder: Path) -> dict[str, float]:
+def measure_training(candidate: Candidate, folder: Path, batch: int) -> dict[str, float]:
     """Run a whole training twice and return what it gives."""
     weighing = folder.with_name(f"{folder.name}-weighed")
     _, peak, _ = run(candidate.training, weighing, until=weighing / "stopwatch.json", weighed=True)
     began, _, _ = run(candidate.training, folder, until=folder / "stopwatch.json")
     noted = json.loads((folder / "stopwatch.json").read_text())
-    ends = noted["ends"][: TRAIN // BATCH]  # Quadra deals itself, and may have a small batch more
+    ends = noted["ends"][:BATCHES_AN_EPOCH]  # Quadra deals itself, and may have a small batch more
     return {
         "first": noted["first_batch"] - began,
-        "training": BATCH * (len(ends) - 1) / (ends[-1] - ends[0]),
+        "training": batch * (len(ends) - 1) / (ends[-1] - ends[0]),
         "memory": peak,
     }
 
 
-def measure_part(candidate: Candidate, part: str, folder: Path, images: Path) -> float:
+def measure_part(candidate: Candidate, part: str, folder: Path, images: Images) -> float:
     """Run one part and return its number."""
     arguments = {
-        "views": (str(images / "split" / "train"), str(SIZE), str(SECONDS)),
-        "step": (str(SIZE), str(BATCH), str(STEPS), candidate.precision),
+        "views": (str(images.folder / "split" / "train"), str(images.size), str(SECONDS)),
+        "step": (str(images.size), str(images.batch), str(STEPS), candidate.precision),
         "knn": KNN,
     }
     _, _, printed = run([candidate.python, "-W", "ignore", str(candidate.script), part, *arguments[part]], folder)
@@ -244,12 +270,12 @@ def measure_part(candidate: Candidate, part: str, folder: Path, images: Path) ->
     return float(np.diff(ends)[WARM_UP - 1 :].min())
 
 
-def one_round(every: Sequence[Candidate], number: int, scratch: Path, images: Path) -> None:
+def one_round(every: Sequence[Candidate], number: int, scratch: Path, images: Images) -> None:
     """Measure all candidates once; every other round the other way round, so that a drift of the machine cancels."""
     turn = list(every) if number % 2 == 0 else list(reversed(every))
     for candidate in turn:
         folder = f"{number}-{every.index(candidate)}"
-        for measure, value in measure_training(candidate, scratch / folder).items():
+        for measure, value in measure_training(candidate, scratch / folder, images.batch).items():
             candidate.found[measure].append(value)
     for part in ("views", "step", "knn"):
         for candidate in turn:
@@ -288,10 +314,10 @@ def print_tables(every: Sequence[Candidate]) -> None:
         print(f"| {title.partition(',')[0]} | " + " | ".join(cells) + " |")
 
 
-def describe(every: Sequence[Candidate]) -> None:
+def describe(every: Sequence[Candidate], images: Images) -> None:
     """Print the machine, and the versions of each candidate."""
     machine = platform.processor() or platform.machine()
-    print(f"{machine}, {os.cpu_count()} cores; {TRAIN} images, {SIZE} px, batch {BATCH}")
+    print(f"{machine}, {os.cpu_count()} cores; {images.count} images, {images.size} px, batch {images.batch}")
     for name, python in {candidate.name: candidate.python for candidate in every}.items():
         versions = subprocess.run([python, "-W", "ignore", "-c", VERSIONS], capture_output=True, text=True, check=True)
         print("{}: Python {}, torch {}, Lightning {}".format(name, *versions.stdout.split()), flush=True)
@@ -308,13 +334,14 @@ def main() -> None:
     """Measure and print."""
     parser: Any = argparse.ArgumentParser(description="This package beside its peers.")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64, choices=BATCHES, help="pixels of a view's sides")
     parser.add_argument("--without", nargs="*", default=[], choices=["lightly", "quadra"])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        images = Path(scratch, "images")
+        images = Images(Path(scratch, "images"), asked.size)
         write_images(images)
         every = candidates(images, asked.without)
-        describe(every)  # imports torch in each environment: compiles and caches what the first round would have to
+        describe(every, images)  # imports torch in each environment: compiles what the first round would have to
         open_store(Path(scratch))
         for number in range(asked.rounds):
             began = time.time()

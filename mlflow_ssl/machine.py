@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from mlflow_ssl.compiling import check_compiler
 from mlflow_ssl.datamodules.loading import usable_cores
 from mlflow_ssl.errors import InputError
+from mlflow_ssl.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ def settle(config: DictConfig) -> None:
         trainer.precision = best_precision(trainer.accelerator)
     if config.model.get("channels_last") == "auto":
         config.model.channels_last = True  # never slower for convolutions, and no change of results
+    if trainer.accelerator == "cpu":
+        keep_freed_memory()
     if config.model.get("compile"):
         check_compiler(trainer.accelerator)
     if asked_auto:

@@ -105,6 +105,8 @@ class Method(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Make the optimizer, and the schedule that moves its learning rate each optimizer step."""
         optimizer = self._make_optimizer(self.parameter_groups())
+        # not only at the next backward pass, as Lightning does: the activations before it can have their memory
+        optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
         if self._make_scheduler is None:
             scale_rates(optimizer)
             return optimizer

@@ -72,3 +72,12 @@ def test_without_scheduler_the_optimizer_keeps_its_rate():
 def test_a_method_trains_the_online_network_unless_it_says_otherwise():
     online = nn.Linear(2, 2)
     assert SSLMethod(online, optimizer=partial(SGD, lr=0.1)).trained_modules() == [online]
+
+
+@pytest.mark.parametrize(("accumulate", "held"), [(1, [False] * 4), (2, [False, True, False, True])])
+def test_gradients_are_gone_before_the_next_activations_come(accumulate, held):
+    method, found = tiny_method(), []
+    weight = method.online.backbone.conv.weight
+    method.online.backbone.conv.register_forward_pre_hook(lambda *_: found.append(weight.grad is not None))
+    fit(method, pairs(4), max_epochs=1, accumulate_grad_batches=accumulate)
+    assert found[::2] == held  # of the two views of each batch

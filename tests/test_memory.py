@@ -1,0 +1,37 @@
+"""What a process does with memory that its tensors have left."""
+
+import subprocess
+import sys
+
+import pytest
+
+TAKE_AND_LEAVE = """
+import resource, sys, torch
+from mlflow_ssl.memory import keep_freed_memory
+
+kept = sys.argv[1] == "kept" and keep_freed_memory()
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large = [torch.ones(2**22) for _ in range(4)]  # 64 MiB: 16,384 pages of 4 KiB
+    del large
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(kept, [faults() for _ in range(6)][-1])  # the first ones find their places
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize(("how", "least", "most"), [("kept", 0, 100), ("given back", 1_000, 100_000)])
+def test_pages_of_tensors_that_have_gone_are_there_for_the_next(how, least, most):
+    words = [sys.executable, "-c", TAKE_AND_LEAVE, how]
+    kept, faults = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    assert kept == str(how == "kept")
+    assert least <= int(faults) <= most
+
+
+def test_where_there_is_no_such_allocator_nothing_happens(monkeypatch):
+    from mlflow_ssl import memory
+
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not memory.keep_freed_memory()
