@@ -133,12 +133,20 @@ def rate(transforms: list[Any], files: list[bytes], finish: Callable[[Any], Any]
 
 def compare(size: int, rounds: int, paths: list[Path]) -> None:
     """Print the table of one size."""
+    import torch
+
     from mlflow_ssl.transforms import to_tensor
+    from mlflow_ssl.views import Normalize
+
+    normalize = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    def normalized(view: Any) -> Any:  # as the training device does with a batch
+        return normalize(torch.from_numpy(view).permute(2, 0, 1)[None])
 
     files = [path.read_bytes() for path in paths]
     recipes: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
         "albumentations, plain recipe": (plain_recipe(size), to_tensor),
-        "mlflow_ssl, transforms=byol": (our_recipe(size), to_tensor),
+        "mlflow_ssl, transforms=byol": (our_recipe(size), normalized),
         "decode and two crops alone": (crops_alone(size), lambda view: view),
     }
     peer, lightly = start_peer(size, paths)

@@ -8,6 +8,7 @@ SMALL = (
     "experiment=byol",
     "trainer=lightning_cpu",
     "trainer.precision=32-true",
+    "backbone.model_name=test_resnet",  # a thirteenth of the demonstration's weights
     "trainer.max_epochs=2",
     "trainer.log_every_n_steps=1",
     "datamodule.num_workers=0",

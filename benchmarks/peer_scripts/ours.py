@@ -56,18 +56,20 @@ def views(folder: str, size: str, seconds: str) -> None:
     import cv2
 
     from mlflow_ssl.datasets.decode import decode
-    from mlflow_ssl.transforms import apply, to_tensor
+    from mlflow_ssl.transforms import apply
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     files = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
     transforms = config(size).transforms
     both = [build(transforms.augmentation1), build(transforms.augmentation2)]
+    normalize, _ = build(transforms.device_transforms)
 
     def draw(number: int) -> None:
         image = decode(files[number % len(files)])
         for view, transform in enumerate(both, start=1):
-            to_tensor(apply(transform, image, draw=(0, 0, number, view)))
+            drawn = torch.from_numpy(apply(transform, image, draw=(0, 0, number, view)))
+            normalize(drawn.permute(2, 0, 1)[None])  # as the training device does with a batch
 
     draw(0)
     began, count = time.process_time(), 0

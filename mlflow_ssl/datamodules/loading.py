@@ -9,7 +9,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.data import default_collate
+from torch import Tensor
+from torch.utils.data._utils.collate import collate as torch_collate
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 MOST_WORKERS = 16
 """Loader processes of one training process; more of them wait for the disk and for memory."""
@@ -116,4 +118,12 @@ def collate(samples: Sequence[Any]) -> Any:
             f"{len(samples) - len(there)} of the {len(samples)} images of a batch cannot be read; is the disk there? "
             "data/bad_images.csv lists them"
         )
-    return default_collate(there)
+    return torch_collate(there, collate_fn_map=default_collate_fn_map | {Tensor: _stack})
+
+
+def _stack(tensors: Sequence[Tensor], **kwargs: Any) -> Tensor:
+    """Return tensors as one, in which images ``(C, H, W)`` lie as each of them does: channels last if so."""
+    channels_last = tensors[0].ndim == 3 and tensors[0].stride(0) == 1
+    as_they_lie = [image.permute(1, 2, 0) for image in tensors] if channels_last else tensors
+    stacked: Tensor = collate_tensor_fn(as_they_lie, **kwargs)
+    return stacked.permute(0, 3, 1, 2) if channels_last else stacked

@@ -67,7 +67,7 @@ class TwoAugmentationDataset(Dataset[Views | None]):
 
     def _finish(self, view: Any) -> Tensor:
         if self.as_bytes and isinstance(view, np.ndarray) and view.dtype == np.uint8:  # a quarter of the memory
-            return torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
+            return torch.from_numpy(np.ascontiguousarray(view)).permute(2, 0, 1)
         return to_tensor(view)
 
     @property

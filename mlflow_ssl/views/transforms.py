@@ -7,9 +7,7 @@ import albumentations
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 from albumentations.core.transforms_interface import ImageOnlyTransform
-from torch import Tensor
 
 from mlflow_ssl.views import operations
 
@@ -153,32 +151,6 @@ class GaussianBlur(ImageOnlyTransform):  # type: ignore[misc]
     def get_transform_init_args_names(self) -> tuple[str, ...]:
         """Return what a serialized transform is made of."""
         return ("sigma", "most_taps")
-
-
-class NormalizedTensor(ImageOnlyTransform):  # type: ignore[misc]
-    """Make the tensor that a network takes: the last transform of a list.
-
-    Args:
-        mean: of each channel, as a share of 255.
-        std: likewise.
-    """
-
-    def __init__(self, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(p=1.0)
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        spread = torch.tensor(self.std).view(3, 1, 1)
-        self._scale, self._shift = 1 / (255 * spread), -torch.tensor(self.mean).view(3, 1, 1) / spread
-
-    def apply(self, img: npt.NDArray[np.uint8], **_: Any) -> Tensor:
-        """Return ``(image / 255 - mean) / std`` as float32 of shape ``(3, H, W)``."""
-        planes = np.empty((3, *img.shape[:2]), dtype=np.uint8)
-        cv2.split(img, list(planes))  # writes into them
-        return torch.from_numpy(planes).float().mul_(self._scale).add_(self._shift)
-
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        """Return what a serialized transform is made of."""
-        return ("mean", "std")
 
 
 def _probability(name: str, value: float) -> float:

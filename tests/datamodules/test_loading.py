@@ -74,3 +74,13 @@ def test_a_batch_of_one_of_many_is_refused():
 
 def test_a_batch_of_one_of_one_is_what_was_asked_for():
     assert collate([(torch.ones(2), 1)])[1].tolist() == [1]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_lie_in_their_batch_as_each_of_them_lies(channels_last):
+    pictures = [torch.arange(60).view(4, 5, 3).permute(2, 0, 1) + number for number in range(3)]
+    samples = [((image if channels_last else image.contiguous(), torch.ones(2)), 7) for image in pictures]
+    (images, others), labels = collate(samples)
+    assert images.equal(torch.stack(pictures))
+    assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert (others.shape, labels.tolist()) == ((3, 2), [7, 7, 7])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from test_operations import picture
-from test_view_transforms import MEAN, STD, recipe, statistics, unit
+from test_view_transforms import MEAN, STD, recipe, statistics
 from tiny import quiet_trainer, tiny_method
 from torchvision.transforms.v2 import functional
 
@@ -15,7 +15,7 @@ from mlflow_ssl.callbacks import LastCheckpoint
 from mlflow_ssl.config import build
 from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.datasets import TwoAugmentationDataset
-from mlflow_ssl.transforms import apply
+from mlflow_ssl.transforms import apply, to_tensor
 from mlflow_ssl.views import DeviceViews, RandomResizedCrop, device
 
 BLENDS = ["brightness", "contrast", "saturation"]
@@ -183,6 +183,11 @@ def test_a_view_depends_on_the_generator_alone():
     torch.testing.assert_close(first, full(images().float() / 255, generator(3)))
 
 
+def unit(view):
+    """Return a normalized view in [0, 1]."""
+    return view * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+
+
 def test_views_are_normalized():
     plain = DeviceViews(mean=MEAN, std=STD, flip=0, jitter=0, grey=0, blur=0)(images(), generator())
     torch.testing.assert_close(unit(plain[0]), images()[0] / 255)
@@ -193,7 +198,7 @@ def test_views_are_normalized():
 def test_views_are_distributed_as_those_of_the_workers(number):
     pictures = [picture(48, 64, seed=seed) for seed in range(5)]
     on_host = build(recipe()[f"augmentation{number}"])
-    ours = torch.stack([unit(apply(on_host, pictures[n % 5], draw=(0, n, number))) for n in range(1500)])
+    ours = torch.stack([to_tensor(apply(on_host, pictures[n % 5], draw=(0, n, number))) for n in range(1500)])
     group = recipe("byol_device")
     crop, finish = build(group[f"augmentation{number}"]), build(group.device_transforms)[number - 1]
     cropped = [apply(crop, pictures[n % 5], draw=(1, n, number)) for n in range(1500)]
