@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 2**29
+"""Products of a search that is over sooner than faiss is loaded."""
+
 
 class Predictions(NamedTuple):
     """Classes of the queries, each of shape ``(Q,)``: by majority, and with votes weighted by similarity."""
@@ -39,7 +42,7 @@ def nearest(
     """Find the nearest bank entries of each query in cosine distance.
 
     The search is exact. Of entries equally near, the one that stands first in the bank comes first. On a CPU faiss does
-    it, which orders what it finds while it multiplies.
+    it, which orders what it finds while it multiplies, unless there is little to search.
 
     Args:
         queries: shape ``(Q, D)``.
@@ -96,7 +99,8 @@ def _unit(embeddings: Tensor, device: torch.device) -> Tensor:
 def _search(queries: Tensor, entries: Tensor, num: int, chunk_size: int) -> Neighbours:
     """Return the ``num`` nearest of each query, in the order of their places."""
     finite = bool((queries.sum() + entries.sum()).isfinite())  # of unit vectors no sum overflows
-    if queries.device.type == "cpu" and finite and len(queries):  # faiss passes NaN over, and a GPU needs none of it
+    large = len(queries) * entries.numel() > SMALL
+    if queries.device.type == "cpu" and finite and large:  # faiss passes NaN over, and a GPU needs none of it
         return _search_by_faiss(queries, entries, num, chunk_size)
     parts = [_top(chunk @ entries.T, num) for chunk in torch.split(queries, chunk_size)]
     return Neighbours(*(torch.cat(part) for part in zip(*parts, strict=True)))

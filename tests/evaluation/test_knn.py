@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from mlflow_ssl.evaluation import knn_predict
+from mlflow_ssl.evaluation import knn, knn_predict
 from mlflow_ssl.evaluation.knn import Neighbours, accuracy, knn_sweep, merge, nearest, vote
+
+
+@pytest.fixture(scope="module", autouse=True, params=["faiss", "torch"])
+def search(request):
+    """Have every search done by either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn, "SMALL", 0 if request.param == "faiss" else 2**62)
+        yield
 
 
 def random_data(num_bank=60, num_queries=25, dim=8, num_classes=4, seed=0):
