@@ -15,9 +15,9 @@ from braceexpand import braceexpand
 from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.decode import EXTENSIONS
 from mlflow_ssl.datasets.progress import Counting
-from mlflow_ssl.datasets.side_by_side import side_by_side
 from mlflow_ssl.datasets.sources.base import FOUND, Found, Source
-from mlflow_ssl.datasets.tables import column, concat, sort_by_path
+from mlflow_ssl.datasets.sources.shard_memory import ShardMemory
+from mlflow_ssl.datasets.tables import column, concat, constant, sort_by_path
 from mlflow_ssl.errors import InputError
 
 CLASS_KEYS = ("class_name", "label", "cls")
@@ -48,50 +48,34 @@ class ShardSource(Source):
         self.labels = labels
 
     def scan(self) -> Found:
-        """Read the headers of all members, and the small ones that name classes.
+        """Read the headers of all members, and the small ones that name classes, of shards that are not known yet.
 
         Raises:
             InputError: if there is no image.
         """
-        tables, bad = [], []
+        parts: dict[Path, Found] = {}
         with Counting("scanning", "images") as counting:
-            for table, broken in side_by_side(self._scan_shard, self.shards):
-                tables.append(table)
-                bad += broken
-                counting.advance(len(table))
-        found = sort_by_path(concat(tables, FOUND))
+            for shard, part in ShardMemory(_read_headers).find(self.shards):
+                parts[shard] = part
+                counting.advance(len(part.table))
+        # in the order of the shards, in whichever they became known
+        bad = [image for shard in self.shards for image in parts[shard].bad]
+        found = concat([parts[shard].table for shard in self.shards], FOUND)
+        parts.clear()  # or all is there three times while it is sorted
+        found = sort_by_path(found)
         if not len(found) and not bad:
             raise InputError(f"datamodule.data_path must hold images, found none in {len(self.shards)} shards")
-        return Found(found, bad)
+        return Found(self._labelled(found), bad)
 
     def reader(self, table: pa.Table) -> "ShardReader":
         """Return a reader of the rows of a table."""
         return ShardReader(self.root, column(table, "path"), table["offset"].to_numpy(), table["size"].to_numpy())
 
-    def _scan_shard(self, shard: Path) -> tuple[pa.Table, list[BadImage]]:
-        stamp = shard.stat()
-        images: dict[str, tuple[str, int, int]] = {}  # by key: the member, where it begins, and its size
-        classes: dict[str, str] = {}
-        bad: list[BadImage] = []
-        for member, content in _members(shard, bad):
-            key, ending = _key(member.name)
-            if content is not None:
-                if ending == "cls" or key not in classes:
-                    classes[key] = _class_name(ending, content)
-            elif key in images:
-                bad.append(BadImage(f"{shard.name}/{member.name}", "is the second image of its sample"))
-            else:
-                images[key] = (member.name, member.offset_data, member.size)
-        rows = {
-            "path": [f"{shard.name}/{name}" for name, _, _ in images.values()],
-            "class_name": [classes.get(key, "") if self.labels != "none" else "" for key in images],
-            "split": [""] * len(images),
-            "size": [size for _, _, size in images.values()],
-            "mtime_ns": np.full(len(images), stamp.st_mtime_ns),
-            "ctime_ns": np.full(len(images), stamp.st_ctime_ns),
-            "offset": [offset for _, offset, _ in images.values()],
-        }
-        return pa.table({name: pa.array(rows[name], FOUND.field(name).type) for name in FOUND.names}), bad
+    def _labelled(self, found: pa.Table) -> pa.Table:
+        if self.labels != "none":
+            return found
+        place = found.schema.get_field_index("class_name")
+        return found.set_column(place, FOUND.field("class_name"), constant("", len(found)))
 
 
 class ShardReader:
@@ -178,6 +162,31 @@ def _check_names(shards: Sequence[Path], data_path: str) -> None:
         )
     if len({shard.parent for shard in shards}) > 1:
         raise InputError(f"datamodule.data_path must name shards of one folder, got {data_path}")
+
+
+def _read_headers(shard: Path, stamp: os.stat_result) -> Found:
+    images: dict[str, tuple[str, int, int]] = {}  # by key: the member, where it begins, and its size
+    classes: dict[str, str] = {}
+    bad: list[BadImage] = []
+    for member, content in _members(shard, bad):
+        key, ending = _key(member.name)
+        if content is not None:
+            if ending == "cls" or key not in classes:
+                classes[key] = _class_name(ending, content)
+        elif key in images:
+            bad.append(BadImage(f"{shard.name}/{member.name}", "is the second image of its sample"))
+        else:
+            images[key] = (member.name, member.offset_data, member.size)
+    rows = {
+        "path": [f"{shard.name}/{name}" for name, _, _ in images.values()],
+        "class_name": [classes.get(key, "") for key in images],
+        "split": [""] * len(images),
+        "size": [size for _, _, size in images.values()],
+        "mtime_ns": np.full(len(images), stamp.st_mtime_ns),
+        "ctime_ns": np.full(len(images), stamp.st_ctime_ns),
+        "offset": [offset for _, offset, _ in images.values()],
+    }
+    return Found(pa.table({name: pa.array(rows[name], FOUND.field(name).type) for name in FOUND.names}), bad)
 
 
 def _members(shard: Path, bad: list[BadImage]) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
