@@ -15,7 +15,9 @@ def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
 
 
 def column(table: pa.Table, name: str) -> pa.Array:
-    """Return a column as one array."""
+    """Return a column as one array; without a copy if it is one already."""
+    if table[name].num_chunks == 1:
+        return table[name].chunk(0)
     found = table[name].combine_chunks()
     return found if isinstance(found, pa.Array) else pa.concat_arrays(found.chunks)
 
@@ -60,8 +62,10 @@ def keep(rows: Any, kept: npt.NDArray[np.bool_]) -> Any:
 
 
 def sort_by_path(table: pa.Table) -> pa.Table:
-    """Return the rows sorted by their path, as bytes."""
+    """Return the rows sorted by their path, as bytes; without a copy if they are already."""
     paths = column(table, "path")
+    if pc.all(pc.less_equal(paths[:-1], paths[1:]), min_count=0).as_py():
+        return table.combine_chunks()
     return table.take(pc.sort_indices(paths)).combine_chunks()
 
 
