@@ -399,6 +399,7 @@ def load_for_real(pipeline: Pipeline, *, images: int = 6400, warm_up: int = 40) 
     """
     from mlflow_ssl.datasets.sources.shards import ShardSource
     from mlflow_ssl.datasets.stream import StreamLoader
+    from mlflow_ssl.datasets.tables import column
 
     per_shard = int(pipeline.shard_bytes / pipeline.image_bytes)
     with tempfile.TemporaryDirectory() as folder:
@@ -411,7 +412,7 @@ def load_for_real(pipeline: Pipeline, *, images: int = 6400, warm_up: int = 40) 
         source = ShardSource(folder)
         stream = _sleeping_stream()(
             source.root,
-            source.scan().table,
+            column(source.scan().table, "path"),
             partial(_sleep, pipeline.image_seconds),
             seed=0,
             batch_size=pipeline.batch,

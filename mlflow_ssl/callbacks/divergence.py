@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -158,8 +159,7 @@ def batch_paths(trainer: Trainer, epoch: int, batch_idx: int) -> list[str]:
     whole.set_epoch(epoch)
     begins = batch_idx * loader.batch_size
     rows = [row for _, row in islice(whole, begins, begins + loader.batch_size)]
-    table = datamodule.images_of("train").table
-    return [str(path) for path in table["path"].take(rows).to_pylist()]
+    return [str(path) for path in datamodule.images_of("train").take(np.array(rows)).paths]
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:

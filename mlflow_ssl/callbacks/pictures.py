@@ -14,7 +14,6 @@ from mlflow_ssl.callbacks.embeddings import Evaluated
 from mlflow_ssl.callbacks.knn import KNNEvaluation
 from mlflow_ssl.datamodules import SSLDataModule
 from mlflow_ssl.datasets import ImageDataset
-from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.evaluation.knn import nearest
 from mlflow_ssl.pictures import (
     confusion_matrix,
@@ -81,7 +80,7 @@ class _Images:
             shown=spread(torch.tensor(datamodule.index.split("train").labels), num_pairs),
             bank=datamodule.evaluated_images("bank"),
             queries=datamodule.evaluated_images("val"),
-            query_paths=column(datamodule.queries.table, "path"),
+            query_paths=datamodule.queries.column("path"),
             classes=datamodule.classes,
         )
 

@@ -298,7 +298,7 @@ class ClassificationDataModule(LightningDataModule):
 
     def _image_dataset(self, index: ImageIndex, transform: Any, *, pixels: bool = False) -> ImageDataset:
         return ImageDataset(
-            open_reader(self.sources, index.table),
+            index.by_row(open_reader(self.sources, index.whole)),
             index,
             transform=transform,
             seed=self.seed,
@@ -306,7 +306,7 @@ class ClassificationDataModule(LightningDataModule):
             on_bad_image=self.on_bad_image,
             bad_images=self.bad_image_list,
             decode_at_least=self.decode_at_least,
-            cache=None if self._pixels is None else self._pixels.rows(column(index.table, "digest")),
+            cache=None if self._pixels is None else self._pixels.rows(index.column("digest")),
         )
 
     def example_image(self) -> npt.NDArray[np.uint8]:

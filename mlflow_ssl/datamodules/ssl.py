@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -171,9 +170,10 @@ class SSLDataModule(ClassificationDataModule):
     def _stream_loader(self, source: ShardSource) -> DataLoader[Any]:
         rank, world_size = rank_and_world_size()
         plan = self._plan_loading()
+        train = self.index.split("train")
         stream = ShardStream(
             source.root,
-            self.index.split("train").table,
+            train.by_row(column(train.whole, "path")),
             partial(_streamed_views, self.augmentation_dataset),
             seed=self.seed,
             batch_size=self.batch_size,
@@ -215,7 +215,7 @@ class SSLDataModule(ClassificationDataModule):
         if self._max_bank is None or len(bank) <= self._max_bank:
             return bank, queries
         if self._sampled is None or self._sampled[:2] != (self._max_bank, len(bank)):
-            rows = sample(column(bank.table, "path"), bank.labels, self._max_bank, seed=self.seed)
+            rows = sample(bank.column("path"), bank.labels, self._max_bank, seed=self.seed)
             self._sampled = self._max_bank, len(bank), rows
         return bank.take(self._sampled[2]), queries
 
@@ -231,7 +231,7 @@ class SSLDataModule(ClassificationDataModule):
         for label in np.unique(val.labels):
             rows = np.flatnonzero(val.labels == label)
             shares = {"val": QUERY_SHARE, "train": 1 - QUERY_SHARE}
-            dealt = deal(column(val.table, "path").take(pa.array(rows)), shares, seed=self.seed)
+            dealt = deal(val.take(rows).column("path"), shares, seed=self.seed)
             asked[rows] = dealt == SPLITS.index("val")
         return val.take(np.flatnonzero(~asked)), val.take(np.flatnonzero(asked))
 

@@ -74,9 +74,9 @@ class ImageDataset(Dataset[Any]):
         self.decode_at_least = decode_at_least
         self.cache = cache
         # Arrow and numpy, not lists: forked workers share them instead of copying them
-        self._paths = column(index.table, "path")
-        self._digests = None if cache is None else column(index.table, "digest")
-        self._labels = index.labels
+        self._paths = index.by_row(column(index.whole, "path"))
+        self._digests = None if cache is None else index.by_row(column(index.whole, "digest"))
+        self._labels = index.by_row(index.whole["label"].to_numpy())
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -1,6 +1,7 @@
 """The one table of a data set: which images there are, of which class, in which split, with which content."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,14 @@ from mlflow_ssl.datasets.bad_images import BadImage
 from mlflow_ssl.datasets.contents import read_contents
 from mlflow_ssl.datasets.sources.folder import FolderSource
 from mlflow_ssl.datasets.splits import SPLITS
-from mlflow_ssl.datasets.tables import codes, column, decoded, encode, keep, pieces
+from mlflow_ssl.datasets.tables import Picked, codes, column, decoded, encode, keep, pieces
 from mlflow_ssl.errors import InputError
 
 UNLABELLED = -1
 """Label of an image without a class."""
+
+_SHARE = 65_536
+"""Rows that are looked at in one go, where none has to be seen beside another."""
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 INDEX = pa.schema(
@@ -48,36 +52,56 @@ for the folder of additional images.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageIndex:
-    """The table, with what is read from it most."""
+    """The table, with what is read from it most; or some rows of one, without a copy.
 
-    table: pa.Table
+    Args:
+        whole: a table of schema `INDEX`.
+        rows: numbers of the rows that are meant; None means all.
+    """
+
+    whole: pa.Table
+    rows: npt.NDArray[np.unsignedinteger[Any]] | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return int(self.table.num_rows)
+        return int(self.whole.num_rows) if self.rows is None else len(self.rows)
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows as a table of their own: a copy, where they are not all."""
+        return self._select(self.whole.column_names)
+
+    def column(self, name: str) -> pa.Array:
+        """Return a column as one array: a copy, where the rows are not all."""
+        return column(self._select([name]), name)
+
+    def by_row(self, whole: Any) -> Any:
+        """Return what is known by row of the whole table by row of this index, without a copy."""
+        return whole if self.rows is None else Picked(whole, self.rows)
 
     @property
     def paths(self) -> list[str]:
         """Relative paths as a list, for a few images; a million are better left in the table."""
-        return self.table["path"].to_pylist()  # type: ignore[no-any-return]
+        return self.column("path").to_pylist()  # type: ignore[no-any-return]
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """Class of each image as an integer, -1 without one."""
-        return self.table["label"].to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+        return self.column("label").to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
     @property
     def verified(self) -> bool:
         """Whether all images have been read and decoded."""
-        return bool(self.table["digest"].null_count == 0)
+        return bool(self.column("digest").null_count == 0)
 
     def split(self, name: str) -> "ImageIndex":
-        """Return the rows of one split: the same each time, since a hundred million have no room for copies."""
+        """Return the rows of one split, found once."""
         if name not in self._splits:
-            found = self.table.filter(pc.equal(decoded(self.table["split"]), name)).combine_chunks()
-            self._splits[name] = ImageIndex(found)
+            splits = self.column("split")
+            code = pc.index(splits.dictionary, name).as_py()  # -1 where no image is in such a split
+            self._splits[name] = self.take(np.flatnonzero(splits.indices.to_numpy() == code))
         return self._splits[name]
 
     @cached_property
@@ -86,14 +110,27 @@ class ImageIndex:
 
     def labelled(self) -> "ImageIndex":
         """Return the rows of images that have a class; itself where all have."""
-        has_class = pc.greater_equal(self.table["label"], 0)
+        has_class = pc.greater_equal(self.column("label"), 0)
         if pc.all(has_class, min_count=0).as_py():
             return self
-        return ImageIndex(self.table.filter(has_class).combine_chunks())
+        return self.take(np.flatnonzero(has_class.to_numpy(zero_copy_only=False)))
 
-    def take(self, rows: npt.NDArray[np.int64]) -> "ImageIndex":
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> "ImageIndex":
         """Return some rows."""
-        return ImageIndex(self.table.take(pa.array(rows)).combine_chunks())
+        numbers = np.uint32 if len(self.whole) <= 2**32 else np.uint64
+        return ImageIndex(self.whole, (rows if self.rows is None else self.rows[rows]).astype(numbers))
+
+    def _select(self, names: list[str]) -> pa.Table:
+        columns = self.whole.select(names)
+        return columns if self.rows is None else columns.take(pa.array(self.rows)).combine_chunks()
+
+    def _shares(self, names: list[str]) -> Iterator[pa.Table]:
+        """Yield some columns piece by piece."""
+        columns = self.whole.select(names)
+        if self.rows is None:
+            yield from pieces(columns, _SHARE)
+        else:
+            yield from (columns.take(pa.array(rows)) for rows in pieces(self.rows, _SHARE))
 
     @property
     def digest(self) -> str:
@@ -102,7 +139,7 @@ class ImageIndex:
         Of images that have not been read, size and time of change stand for the content.
         """
         hasher = hashlib.blake2b(digest_size=16)
-        for share in pieces(self.table, 65_536):
+        for share in self._shares(["path", "size", "mtime_ns", "digest"]):
             stamps = pc.binary_join_element_wise(
                 pc.cast(share["size"], pa.string()), pc.cast(share["mtime_ns"], pa.string()), "@"
             )
@@ -117,10 +154,11 @@ class ImageIndex:
 
     def write_csv(self, path: Path) -> None:
         """Write path, class and split of each image as text, which needs no library to be read."""
-        shown = self.table.select(["path", "class_name", "label", "split"])
-        for name in ("class_name", "split"):
-            shown = shown.set_column(shown.schema.get_field_index(name), name, decoded(shown[name]))
-        csv.write_csv(shown, path)
+        shown = pa.schema([(name, pa.string()) for name in ("path", "class_name", "label", "split")])
+        shown = shown.set(2, INDEX.field("label"))
+        with csv.CSVWriter(path, shown) as writer:
+            for share in self._shares(shown.names):
+                writer.write_table(share.cast(shown))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the table as compressed Parquet: a million rows in some 20 MB."""
@@ -131,7 +169,7 @@ class ImageIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the table back."""
         table = pq.read_table(pa.BufferReader(state["parquet"])).cast(INDEX).combine_chunks()
-        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "whole", table)
 
 
 def make_index(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mlflow_ssl.datasets.sampler import Key
 from mlflow_ssl.datasets.sources.shards import shard_of
-from mlflow_ssl.datasets.tables import column
+from mlflow_ssl.datasets.tables import Picked
 from mlflow_ssl.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class ShardStream(IterableDataset[Any]):
 
     Args:
         root: the folder of the shards.
-        table: paths of the training images, those of a shard side by side as an index has them; a key is epoch and
-            row of this table.
+        paths: Arrow strings by row, of the training images, those of a shard side by side as an index has them; a
+            key is epoch and row.
         make: gives the sample of an image's bytes and key, or None for one that is skipped.
         seed: another seed, another order.
         batch_size: of the loader.
@@ -53,7 +53,7 @@ class ShardStream(IterableDataset[Any]):
     def __init__(
         self,
         root: Path,
-        table: pa.Table,
+        paths: pa.Array | Picked,
         make: Make,
         *,
         seed: int,
@@ -75,7 +75,7 @@ class ShardStream(IterableDataset[Any]):
         # shared, since a worker that lives on must learn of the next epoch
         self._epoch = torch.tensor(start[0])
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._paths = column(table, "path")
+        self._paths = paths
         self._rows_of = rows_by_shard(self._paths)
         self._shards = list(self._rows_of)
         self._counts = np.array([len(rows) for rows in self._rows_of.values()], dtype=np.int64)
@@ -190,13 +190,13 @@ class ShardStream(IterableDataset[Any]):
                 yield row, b""
 
 
-def rows_by_shard(paths: pa.Array) -> dict[str, range]:
+def rows_by_shard(paths: pa.Array | Picked) -> dict[str, range]:
     """Return the rows of each shard.
 
     It looks at few of the paths, since there may be a hundred million.
 
     Args:
-        paths: of images, those of a shard side by side, shape ``(N,)``.
+        paths: of images, those of a shard side by side.
 
     Example:
         >>> rows_by_shard(pa.array(["a.tar/0.png", "a.tar/1.png", "b.tar/0.png"]))

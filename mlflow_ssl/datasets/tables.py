@@ -61,6 +61,31 @@ def keep(rows: Any, kept: npt.NDArray[np.bool_]) -> Any:
     return rows if kept.all() else rows.filter(pa.array(kept))
 
 
+class Picked:
+    """Some rows of what has rows, such as an Arrow array or a reader of images, without a copy of them.
+
+    Args:
+        whole: gives a row by its number.
+        rows: numbers of those that are picked, in the order that they have here.
+
+    Example:
+        >>> Picked(["a", "b", "c"], np.array([2, 0], dtype=np.uint32))[0]
+        'c'
+    """
+
+    def __init__(self, whole: Any, rows: npt.NDArray[np.unsignedinteger[Any]]) -> None:
+        self._whole = whole
+        self._rows = rows
+
+    def __len__(self) -> int:
+        """Return how many are picked."""
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Any:
+        """Return one of them."""
+        return self._whole[int(self._rows[row])]
+
+
 def sort_by_path(table: pa.Table) -> pa.Table:
     """Return the rows sorted by their path, as bytes; without a copy if they are already."""
     paths = column(table, "path")
@@ -69,7 +94,7 @@ def sort_by_path(table: pa.Table) -> pa.Table:
     return table.take(pc.sort_indices(paths)).combine_chunks()
 
 
-def pieces(rows: Sequence[int] | npt.NDArray[np.int64], size: int) -> Iterable[Any]:
+def pieces(rows: Sequence[int] | npt.NDArray[np.integer[Any]], size: int) -> Iterable[Any]:
     """Yield consecutive pieces of at most ``size`` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

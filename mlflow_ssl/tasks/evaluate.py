@@ -219,7 +219,7 @@ def write_files(result: Evaluation, report: str, folder: Path, *, root: Path) ->
         if result.shown is not None:
             predicted = result.first.predicted[result.shown]
             title = f"Confused most in {root.name}, by {result.shown}"
-            write_classes(folder, result.truth, predicted, result.classes, result.queries.table["path"], root, title)
+            write_classes(folder, result.truth, predicted, result.classes, result.queries.column("path"), root, title)
     except OSError as error:
         raise InputError(f"report must be a folder that can be written, got {folder}: {error.strerror}") from error
 

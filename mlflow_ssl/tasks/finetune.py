@@ -39,7 +39,7 @@ class Finetune(Task):
         evaluated = callbacks["evaluation"].evaluated if "evaluation" in callbacks else None
         if evaluated is None or not len(datamodule.images_of("test")):
             return
-        paths = datamodule.images_of("test").table["path"].take(evaluated.rows.numpy())
+        paths = datamodule.images_of("test").column("path").take(evaluated.rows.numpy())
         title = f"Confused most among the test images of {datamodule.root.name}"
         folder = run.output / "evaluation"
         folder.mkdir(exist_ok=True)

@@ -117,16 +117,15 @@ class ImageFolderDataset(Dataset):
     @property
     def profile(self) -> dict[str, Any]:
         """Counts, bytes and sizes in pixels, as JSON takes them."""
-        table = self.index.table
         classes = self._counts("class_name")
         facts = {
             "path": self.path,  # MLflow's UI shows no source of a type of our own
             "num_images": len(self.index),
             "num_classes": len(classes),
             "splits": self._counts("split"),
-            "total_bytes": int(table["size"].to_numpy().sum()),
-            "width": _spread(table["width"]),
-            "height": _spread(table["height"]),
+            "total_bytes": int(self.index.column("size").to_numpy().sum()),
+            "width": _spread(self.index.column("width")),
+            "height": _spread(self.index.column("height")),
             "digest_of": "contents" if self.index.verified else "sizes and times",
             "num_bad_images": self.num_bad_images,
             "classes": dict(Counter(classes).most_common(LISTED_CLASSES)),
@@ -135,7 +134,7 @@ class ImageFolderDataset(Dataset):
 
     def _counts(self, column: str) -> dict[str, int]:
         """Return how many images each class or split has; images with none are not counted."""
-        counts = self.index.table[column].value_counts().to_pylist()
+        counts = self.index.column(column).value_counts().to_pylist()
         return {row["values"]: row["counts"] for row in counts if row["values"]}
 
     def to_dict(self) -> dict[str, str]:
@@ -201,7 +200,7 @@ def _absolute(path: str) -> str:
     return f"file://{host}{parts.path}" if host not in ("", "localhost") else os.path.abspath(unquote(parts.path))  # noqa: PTH100
 
 
-def _spread(pixels: "pa.ChunkedArray") -> dict[str, int] | None:
+def _spread(pixels: "pa.Array") -> dict[str, int] | None:
     import pyarrow.compute as pc
 
     if pixels.null_count == len(pixels):  # nobody has looked

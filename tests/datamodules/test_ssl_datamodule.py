@@ -135,6 +135,16 @@ def test_another_seed_draws_other_views_of_the_same_images(module, tmp_path):
     assert not {view.numpy().tobytes() for view in first[0]} & {view.numpy().tobytes() for view in second[0]}
 
 
+def test_data_sets_of_splits_hold_no_paths_of_their_own(module):
+    datamodule = module()
+    datamodule.setup("fit")
+    datasets = [*datamodule._datasets.values(), datamodule.augmentation_dataset.dataset]
+    assert [len(dataset) for dataset in datasets] == [18, 6, 6, 18, 18]
+    held = [paths for dataset in datasets for paths in (dataset._paths._whole, dataset.reader._whole._paths)]
+    characters = {paths.buffers()[-1].address for paths in (datamodule.index.whole["path"].chunk(0), *held)}
+    assert len(characters) == 1
+
+
 def test_an_image_is_decoded_once_for_both_views(module, monkeypatch):
     decoded = []
     decode = image.decode

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from mlflow_ssl.datasets.contents import read_contents
 from mlflow_ssl.datasets.index import INDEX, ImageIndex, index_folder, leaks, make_index
@@ -69,6 +70,32 @@ def test_index_splits_and_takes_rows():
     assert index.take(np.array([3, 1])).labels.tolist() == [3, 1]
 
 
+def test_some_rows_are_no_copy_until_a_table_is_made_of_them():
+    index = table(label=[0, 1, 2, 3, -1], split=["val", "train", "val", "train", "train"])
+    train = index.split("train").labelled().take(np.array([1]))
+    assert train.whole is index.whole
+    assert (train.rows.tolist(), train.rows.dtype) == ([3], np.uint32)
+    assert train.by_row(["a", "b", "c", "d", "e"])[0] == "d"
+    assert index.by_row(index.whole) is index.whole
+    assert train.table.equals(index.whole.slice(3, 1))
+    assert train.column("path").to_pylist() == ["a/3.png"]
+
+
+def test_rows_say_of_themselves_what_a_table_of_them_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow_ssl.datasets.index._SHARE", 2)  # more than one piece
+    index = table(digest=["01", None, "03", "04", "05"], split=["val", *["train"] * 4], class_name=list("abcab"))
+    rows = index.split("train")
+    alone = ImageIndex(rows.table)
+    assert rows.digest == alone.digest != index.digest
+    assert (rows.verified, index.split("val").verified) == (False, True)
+    assert pickle.loads(pickle.dumps(rows)).table.equals(alone.table)
+    for part, name in ((rows, "rows"), (alone, "alone")):
+        part.write_csv(tmp_path / f"{name}.csv")
+        part.write_parquet(tmp_path / f"{name}.parquet")
+    assert (tmp_path / "rows.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    assert pq.read_table(tmp_path / "rows.parquet").equals(pq.read_table(tmp_path / "alone.parquet"))
+
+
 def test_a_split_is_taken_once_and_its_labelled_images_without_a_copy_where_all_are():
     index = table(split=["train", "val", "train"], label=[0, -1, 1])
     assert index.split("train") is index.split("train") is index.split("train").labelled()
@@ -110,6 +137,17 @@ def test_write_csv_can_be_read_without_this_package(tmp_path):
     assert Path(tmp_path / "splits.csv").read_text() == (
         '"path","class_name","label","split"\n"a/0.png","a",0,"train"\n"a/1.png","b ""quoted"", comma",1,"train"\n'
     )
+
+
+def test_write_csv_piece_by_piece_writes_what_it_would_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlflow_ssl.datasets.index._SHARE", 3)
+    index = table(path=[f"a, {n}.png" for n in range(10)], class_name=list("abcabcabca"), label=list(range(10)))
+    index.write_csv(tmp_path / "pieces.csv")
+    shown = index.table.select(["path", "class_name", "label", "split"])
+    for place in (1, 3):
+        shown = shown.set_column(place, shown.column_names[place], shown[place].cast(pa.string()))
+    csv.write_csv(shown, tmp_path / "once.csv")
+    assert (tmp_path / "pieces.csv").read_bytes() == (tmp_path / "once.csv").read_bytes()
 
 
 def test_write_parquet_keeps_every_column(tmp_path):

@@ -9,6 +9,7 @@ from shards import png, write_shards, write_tar
 
 from mlflow_ssl.datasets.sources.shards import ShardSource
 from mlflow_ssl.datasets.stream import ShardStream, StreamLoader, rows_by_shard
+from mlflow_ssl.datasets.tables import column
 from mlflow_ssl.errors import InputError
 
 BYTES = {png(number): number for number in range(100)}
@@ -32,7 +33,7 @@ def stream(folder, keep=None, make=number_of, **options):
     rows = [row for row, number in enumerate(numbers) if keep is None or number in keep]
     ROWS[:] = [numbers[row] for row in rows]
     defaults = {"seed": 1, "batch_size": 4, "shuffle_buffer": 5}
-    return ShardStream(source.root, table.take(rows), make, **defaults | options)
+    return ShardStream(source.root, column(table.take(rows), "path"), make, **defaults | options)
 
 
 def batches(dataset, epoch):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 
 from mlflow_ssl.datasets.sources.base import Reader, Source
@@ -13,12 +12,7 @@ class PartsReader:
 
     def __init__(self, sources: Sequence[Source], table: pa.Table) -> None:
         self._part = table["part"].to_numpy()
-        self._place = np.empty(len(table), dtype=np.int64)
-        self._readers = []
-        for number, source in enumerate(sources):
-            rows = np.flatnonzero(self._part == number)
-            self._place[rows] = np.arange(len(rows))
-            self._readers.append(source.reader(table.take(pa.array(rows)).combine_chunks()))
+        self._readers = [source.reader(table) for source in sources]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -31,7 +25,7 @@ class PartsReader:
             OSError: if they cannot be read any more.
         """
         reader: Reader = self._readers[self._part[row]]
-        return reader[int(self._place[row])]
+        return reader[row]
 
 
 def open_reader(sources: Sequence[Source], table: pa.Table) -> Reader:
