@@ -1,5 +1,6 @@
 """Images one at a time."""
 
+import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,6 +82,12 @@ class ImageDataset(Dataset[Any]):
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self._labels)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ImageDataset":
+        """Return the same images through a transform of its own: there may be a hundred million."""
+        copied = copy.copy(self)
+        copied.transform = copy.deepcopy(self.transform, memo)
+        return copied
 
     def __getitem__(self, key: int | Key) -> Any:
         """Return image and class; a bare index means epoch 0."""

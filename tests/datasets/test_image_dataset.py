@@ -1,3 +1,5 @@
+import copy
+
 import albumentations as A
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,17 @@ def index(image_folder):
     labels = [int(path.startswith("b")) for path in paths]
     table = pa.table({"path": pa.array(paths, pa.large_string()), "label": pa.array(labels, pa.int32())})
     return FileReader(root, table["path"].combine_chunks()), ImageIndex(table)
+
+
+def test_a_copy_has_a_transform_of_its_own_and_the_same_images(index):
+    reader, rows = index
+    dataset = ImageDataset(reader, rows, transform=A.Compose([A.GaussNoise(p=1.0)]), pixels=True)
+    copied = copy.deepcopy(dataset)
+    assert copied.reader is dataset.reader
+    assert copied._paths is dataset._paths
+    assert copied.transform is not dataset.transform
+    assert copied.transform.transforms[0] is not dataset.transform.transforms[0]
+    np.testing.assert_array_equal(copied[(1, 2)][0], dataset[(1, 2)][0])
 
 
 def test_an_item_is_the_picture_of_its_row_and_its_class(index):
