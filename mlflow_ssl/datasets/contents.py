@@ -27,7 +27,7 @@ from mlflow_ssl.datasets.decode import DecodeError, measure
 from mlflow_ssl.datasets.progress import Counting
 from mlflow_ssl.datasets.side_by_side import side_by_side
 from mlflow_ssl.datasets.sources.base import Reader, Source
-from mlflow_ssl.datasets.tables import column, concat, pieces
+from mlflow_ssl.datasets.tables import column, concat, nulls, pieces
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def content_digest(data: bytes) -> str:
 def without_contents(found: pa.Table) -> pa.Table:
     """Return the rows with empty columns ``digest``, ``width`` and ``height`` behind: nothing was read."""
     for name, kind in _CONTENT:
-        found = found.append_column(name, pa.nulls(len(found), kind))
+        found = found.append_column(name, nulls(len(found), kind))
     return found
 
 

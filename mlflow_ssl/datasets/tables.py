@@ -36,6 +36,22 @@ def constant(value: str, length: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(length, dtype=np.int32)), pa.array([value], pa.string()))
 
 
+def nulls(length: int, kind: pa.DataType) -> pa.Array:
+    """Return as many nulls, which take no memory: nobody writes to the pages that they are in.
+
+    Args:
+        length: how many.
+        kind: a type of at most 64 bits, or strings.
+
+    Example:
+        >>> nulls(2, pa.string()).to_pylist()
+        [None, None]
+    """
+    zeros = pa.py_buffer(np.zeros(length + 1, dtype=np.int64))
+    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.Array.from_buffers(kind, length, [zeros, zeros, pa.py_buffer(b"")] if strings else [zeros, zeros])
+
+
 def codes(names: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Return a number for each row, and the names by number, sorted.
 

@@ -2,7 +2,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlflow_ssl.datasets.tables import column, sort_by_path
+from mlflow_ssl.datasets.tables import column, nulls, sort_by_path
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.int8(), pa.int32(), pa.int64()])
+@pytest.mark.parametrize("length", [0, 1, 1000])
+def test_nulls_are_those_of_arrow_and_take_none_of_its_memory(kind, length):
+    before = pa.total_allocated_bytes()
+    found = nulls(length, kind)
+    assert pa.total_allocated_bytes() == before
+    found.validate(full=True)
+    assert found.equals(pa.nulls(length, kind))
+    assert found.null_count == length
 
 
 def test_a_column_that_is_one_array_is_not_copied():
