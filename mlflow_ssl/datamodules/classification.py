@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pytorch_lightning import LightningDataModule
@@ -362,6 +363,7 @@ class ClassificationDataModule(LightningDataModule):
     def _plan_loading(self) -> LoadingPlan:
         """Choose how to load on this machine, and say so once."""
         _, world_size = rank_and_world_size()
+        pa.default_memory_pool().release_unused()  # or what Arrow keeps for another time would not be free
         plan = plan_loading(
             self.num_workers,
             cores=usable_cores(),

@@ -3,6 +3,7 @@ import os
 import shutil
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import albumentations as A
 import joblib
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from mlflow_ssl.datamodules import ClassificationDataModule
+from mlflow_ssl.datamodules import ClassificationDataModule, classification
 from mlflow_ssl.errors import InputError
 
 COUNTS = {"a": 10, "b": 20}
@@ -106,6 +107,17 @@ def test_a_class_too_small_for_every_split_goes_to_training_with_one_warning(mod
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         "classes with too few images for every split go to training whole: rare"
     ]
+
+
+def test_memory_that_arrow_only_keeps_is_given_back_before_free_memory_is_counted(module, monkeypatch):
+    done = []
+    pool = SimpleNamespace(release_unused=lambda: done.append("given back"))
+    datamodule = module(val_size=0.2)
+    datamodule.setup()
+    monkeypatch.setattr(classification.pa, "default_memory_pool", lambda: pool)
+    monkeypatch.setattr(classification, "free_memory", lambda: done.append("counted") or 2**30)
+    datamodule.train_dataloader()
+    assert done == ["given back", "counted"]
 
 
 def test_many_classes_and_no_transform_are_no_reason_to_warn(module, caplog):
