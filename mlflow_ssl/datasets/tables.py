@@ -10,8 +10,17 @@ import pyarrow.compute as pc
 
 
 def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
-    """Return the rows of all tables in one chunk a column, dictionaries unified."""
-    return pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries().combine_chunks()
+    """Return the rows of all tables in one chunk a column, dictionaries unified.
+
+    Whoever lets go of the tables as they are taken never has more than one column twice.
+    """
+    left = pa.concat_tables([schema.empty_table(), *tables]).unify_dictionaries()
+    columns = []
+    for name in schema.names:
+        columns.append(column(left, name))
+        left = left.drop_columns([name])
+        pa.default_memory_pool().release_unused()  # what it was put together from
+    return pa.table(columns, schema=schema)
 
 
 def column(table: pa.Table, name: str) -> pa.Array:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,6 +25,23 @@ def test_a_column_that_is_one_array_is_not_copied():
     parts = pa.table({"number": pa.chunked_array([[1], [2, 3]])})
     assert column(parts, "number").to_pylist() == [1, 2, 3]
     assert column(parts.slice(0, 0), "number").to_pylist() == []
+
+
+CONCAT = """
+import pyarrow as pa, pyarrow.compute as pc
+from mlflow_ssl.datasets.tables import concat
+column = pa.array([1] * 10_000)
+parts = [pa.table({name: pc.add(column, part) for name in "abcdefgh"}) for part in range(8)]
+schema, held = parts[0].schema, pa.total_allocated_bytes()
+whole = concat((parts.pop(0) for _ in range(8)), schema)
+assert whole["h"].to_pylist() == [part + 1 for part in range(8) for _ in range(10_000)]
+print(pa.default_memory_pool().max_memory() / held)
+"""
+
+
+def test_tables_that_are_let_go_of_are_put_together_in_the_memory_of_one_column_more():
+    done = subprocess.run([sys.executable, "-c", CONCAT], check=True, capture_output=True, text=True)
+    assert 1 < float(done.stdout) < 1.2
 
 
 @pytest.mark.parametrize("paths", [[], ["a"], ["a", "a/b", "b"], ["b", "a"], ["a", "ä", "a/b"], ["Z", "a"], ["a", "Z"]])

@@ -60,9 +60,7 @@ class ShardSource(Source):
                 counting.advance(len(part.table))
         # in the order of the shards, in whichever they became known
         bad = [image for shard in self.shards for image in parts[shard].bad]
-        found = concat([parts[shard].table for shard in self.shards], FOUND)
-        parts.clear()  # or all is there three times while it is sorted
-        found = sort_by_path(found)
+        found = sort_by_path(concat((parts.pop(shard).table for shard in self.shards), FOUND))
         if not len(found) and not bad:
             raise InputError(f"datamodule.data_path must hold images, found none in {len(self.shards)} shards")
         return Found(self._labelled(found), bad)
