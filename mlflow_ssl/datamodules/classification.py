@@ -142,6 +142,7 @@ class ClassificationDataModule(LightningDataModule):
         self.bad_images: list[BadImage] = []
         self.bad_image_list: BadImageList | None = None
         self._index: ImageIndex | None = None
+        self._opened: tuple[str, Source] | None = None
         self._pixels: PixelCache | None = None
         self._datasets: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
@@ -152,7 +153,15 @@ class ClassificationDataModule(LightningDataModule):
 
     @property
     def source(self) -> Source:
-        """Where the images are; set ``data_path`` to move a loaded datamodule to another machine."""
+        """Where the images are; set ``data_path`` to move a loaded datamodule to another machine.
+
+        It is opened once, since that may mean to look at ten thousands of shards, and anew by `build_index`.
+        """
+        if self._opened is None or self._opened[0] != self.data_path:
+            self._opened = self.data_path, self._open_source()
+        return self._opened[1]
+
+    def _open_source(self) -> Source:
         if self.data_path == DIGITS:
             return FolderSource(digits_folder(), include=self.include_filter, exclude=self.exclude_filter)
         return open_source(
@@ -197,6 +206,7 @@ class ClassificationDataModule(LightningDataModule):
 
     def build_index(self) -> ImageIndex:
         """Scan the source, read every image that is new or has changed, and draw the splits."""
+        self._opened = None
         self._check_choices()
         source, *additional = self.sources
         assembly = Assembly(
@@ -426,6 +436,7 @@ class ClassificationDataModule(LightningDataModule):
         left_out: dict[str, Any] = {
             "trainer": None,
             "bad_image_list": None,
+            "_opened": None,
             "_pixels": None,
             "_datasets": {},
             "_position": (0, 0),

@@ -1,4 +1,5 @@
 import os
+import pickle
 from functools import partial
 
 import albumentations as A
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shards import write_shards
 
-from mlflow_ssl.datamodules import ClassificationDataModule, SSLDataModule
+from mlflow_ssl.datamodules import ClassificationDataModule, SSLDataModule, classification
 from mlflow_ssl.datasets import TwoAugmentationDataset, image
 from mlflow_ssl.errors import InputError
 
@@ -143,6 +145,25 @@ def test_data_sets_of_splits_hold_no_paths_of_their_own(module):
     held = [paths for dataset in datasets for paths in (dataset._paths._whole, dataset.reader._whole._paths)]
     characters = {paths.buffers()[-1].address for paths in (datamodule.index.whole["path"].chunk(0), *held)}
     assert len(characters) == 1
+
+
+def test_shards_are_listed_once_and_anew_where_the_data_move(tmp_path, monkeypatch):
+    listed, opening = [], classification.open_source
+    monkeypatch.setattr(classification, "open_source", lambda path, **_: listed.append(path) or opening(path))
+    folder = write_shards(tmp_path / "here", [8, 8, 8, 8])
+    datamodule = ssl(folder)
+    for stage in ("validate", "fit"):
+        datamodule.setup(stage)
+    datamodule.train_dataloader()
+    assert datamodule.root == folder
+    assert listed == [str(folder)]
+    loaded = pickle.loads(pickle.dumps(datamodule))
+    loaded.data_path = str(folder.rename(tmp_path / "there"))
+    loaded.setup("fit")
+    assert loaded.root == tmp_path / "there"
+    assert listed == [str(folder), loaded.data_path]
+    write_shards(tmp_path / "there", [8, 8, 8, 8, 8])
+    assert len(loaded.build_index()) == 40
 
 
 def test_an_image_is_decoded_once_for_both_views(module, monkeypatch):
