@@ -5,7 +5,8 @@ Measured on this machine as large as it allows, each in a process of its own; ``
 - ``shuffle``: the order of an epoch of a hundred million images, for one of 256 processes;
 - ``index``: bytes of an image's row in memory and in files, memory of a process that has set up its data, and the time
   for digest and splits; of a million images and of four;
-- ``stream``: to find the shards of ten million images, and to read the headers of shards;
+- ``build``: time and memory to build an index of four million images in shards that are remembered;
+- ``stream``: to find the shards of ten million images, to read the headers of shards, and to recall them;
 - ``network``: bytes that a step of ResNet-50 and ViT-B sums over 256 processes, and those of synchronized BatchNorm;
 - ``checkpoint``: bytes of such a training's, and the time to write them;
 - ``neighbours``: the search of one of 256 processes in its part of a bank, and the first one's putting together;
@@ -24,8 +25,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from scale_formulas import ring_all_reduce_bytes, seconds_at, sync_batchnorm_bytes
@@ -85,6 +88,7 @@ def simulated(count: int) -> Any:
     import pyarrow as pa
 
     from mlflow_ssl.datasets.index import INDEX, ImageIndex
+    from mlflow_ssl.datasets.tables import nulls
 
     rng = np.random.default_rng(0)
     classes = pa.array([f"n{number:08d}" for number in range(1000)], pa.string())
@@ -101,7 +105,8 @@ def simulated(count: int) -> Any:
         "offset": pa.array(np.cumsum(sizes) % 10**9),
         "part": pa.array(np.zeros(count, dtype=np.int8)),
     }
-    table = pa.table({name: columns.get(name, pa.nulls(count)) for name in INDEX.names})
+    unread = {name: nulls(count, INDEX.field(name).type) for name in ("digest", "width", "height")}
+    table = pa.table({name: (columns | unread)[name] for name in INDEX.names})
     return ImageIndex(table.cast(INDEX).combine_chunks())
 
 
@@ -166,8 +171,81 @@ KEPT: list[Any] = []
 """What a training would hold on to."""
 
 
+def build(count: int = 4_000_000) -> Rows:
+    """Build."""
+    import pyarrow as pa
+
+    from mlflow_ssl.datasets.contents import RACY_NS
+    from mlflow_ssl.datasets.sources import shards
+
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"MLFLOW_SSL_CACHE": f"{folder}/cache"}):
+        for shard in range(count // PER_SHARD):
+            Path(folder, f"shard-{shard:06d}.tar").touch()
+        time.sleep(RACY_NS / 1e9 + 0.5)  # before that no shard is remembered
+        with patch.object(shards, "_read_headers", _pretended):
+            process = get_context("fork").Process(target=shards.ShardSource(folder).scan)  # whose memory is its own
+            process.start()
+            process.join()
+        _index_of(f"{folder}/shard-{{000000..000019}}.tar")  # imports and first calls are no cost of the images
+        before = held()
+        with Clock() as clock:
+            index = _index_of(folder)
+        most = peak() - before
+        nbytes = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*.arrow"))
+    assert len(index) == count
+    pa.default_memory_pool().release_unused()
+    rows = [
+        ("built of remembered shards, µs an image", f"{1e6 * clock.processor / count:.2f}"),
+        ("held after it, bytes an image", f"{(held() - before) * 2**20 / count:.0f}"),
+        ("peak, bytes an image", f"{most * 2**20 / count:.0f}"),
+        ("what is remembered, bytes an image", f"{nbytes / count:.1f}"),
+    ]
+    return [(f"{count:,} images: {name}", value) for name, value in rows]
+
+
+def _pretended(shard: Path, stamp: os.stat_result) -> Any:
+    """Return what might be in a shard: a thousand images of a thousand classes."""
+    import pyarrow as pa
+
+    from mlflow_ssl.datasets.sources import FOUND, Found
+
+    first = int(shard.stem[6:]) * PER_SHARD
+    rng = np.random.default_rng(first)
+    sizes = rng.lognormal(np.log(100e3), 0.4, PER_SHARD).astype(np.int64)
+    columns = {
+        "path": [f"{shard.name}/{row:09d}.jpg" for row in range(first, first + PER_SHARD)],
+        "class_name": [f"n{label:08d}" for label in rng.integers(0, 1000, PER_SHARD)],
+        "split": [""] * PER_SHARD,
+        "size": sizes,
+        "mtime_ns": np.full(PER_SHARD, stamp.st_mtime_ns),
+        "ctime_ns": np.full(PER_SHARD, stamp.st_ctime_ns),
+        "offset": np.cumsum(sizes // 512 * 512 + 2048),
+    }
+    return Found(pa.table({name: pa.array(columns[name], FOUND.field(name).type) for name in FOUND.names}), [])
+
+
+def _index_of(data_path: str) -> Any:
+    from mlflow_ssl.datasets.assembly import Assembly
+    from mlflow_ssl.datasets.sources.shards import ShardSource
+
+    return Assembly(
+        ShardSource(data_path),
+        None,
+        split_files={},
+        filtered=False,
+        seed=0,
+        val_size=0.1,
+        test_size=0.1,
+        class_to_idx=None,
+        on_bad_image="error",
+        verify="none",
+        max_pixels=None,
+    ).build()
+
+
 def stream(count: int = 10_000_000) -> Rows:
     """Find shards."""
+    from mlflow_ssl.datasets.contents import RACY_NS
     from mlflow_ssl.datasets.sources.shards import ShardSource
     from mlflow_ssl.datasets.stream import rows_by_shard
 
@@ -184,9 +262,14 @@ def stream(count: int = 10_000_000) -> Rows:
                         member = tarfile.TarInfo(f"{number:06d}.{ending}")
                         member.size = len(content)
                         tar.addfile(member, BytesIO(content))
-        with Clock() as clock:
-            ShardSource(folder).scan()
-    rows.append(("headers read, µs of a processor an image", f"{1e6 * clock.processor / shards / PER_SHARD:.0f}"))
+        time.sleep(RACY_NS / 1e9 + 0.5)  # before that no shard is remembered
+        cache = Path(folder, "cache")
+        with patch.dict(os.environ, {"MLFLOW_SSL_CACHE": str(cache)}):
+            for what in ("headers read and remembered", "remembered headers read"):
+                with Clock() as clock:
+                    ShardSource(folder).scan()
+                used = 1e6 * clock.processor / shards / PER_SHARD
+                rows.append((f"{what}, µs of a processor an image", f"{used:.1f}"))
     return rows
 
 
@@ -307,6 +390,7 @@ def start() -> Rows:
 PARTS: dict[str, list[Callable[[], Rows]]] = {
     "shuffle": [shuffle],
     "index": [lambda: index(1_000_000), lambda: index(4_000_000)],
+    "build": [build],
     "stream": [stream],
     "network": [lambda name=name: network(name, NETWORKS[name]) for name in NETWORKS],  # type: ignore[misc]
     "checkpoint": [lambda name=name: checkpoint(name, NETWORKS[name]) for name in NETWORKS],  # type: ignore[misc]
