@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -453,7 +454,7 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 def _check_arguments(path: str, node: DictConfig) -> None:
     try:
-        known = _argument_names(get_object(node["_target_"]))
+        known = _arguments(get_object(node["_target_"]))
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{path}._target_ must be an importable name, got {node['_target_']!r}") from error
     if known is None:
@@ -462,15 +463,31 @@ def _check_arguments(path: str, node: DictConfig) -> None:
         if key not in known and key not in _RESERVED:
             close = ", ".join(difflib.get_close_matches(key, known, n=3)) or "none"
             raise InputError(f"{path}.{key} is not an argument of {node['_target_']}; close matches: {close}")
+        words = _truth_words(known.get(key))
+        if words and isinstance(node[key], str) and node[key] not in words:  # any text would count as true
+            raise InputError(f"{path}.{key} must be {', '.join(words[:-1])} or {words[-1]}, got {node[key]!r}")
 
 
-def _argument_names(target: Any) -> set[str] | None:
-    """Return the arguments that a callable takes, those that it hands to its base classes too; None for any."""
-    names: set[str] = set()
+def _truth_words(annotation: Any) -> list[str]:
+    """Return what a truth value may be written as, and the texts that stand beside it; nothing for another argument.
+
+    Example:
+        >>> _truth_words(bool), _truth_words(bool | Literal["auto"] | None), _truth_words(bool | str)
+        (['true', 'false'], ['auto', 'true', 'false'], [])
+    """
+    parts = [annotation] if annotation is bool else list(get_args(annotation))
+    texts = [text for part in parts if get_origin(part) is Literal for text in get_args(part)]
+    others = [part for part in parts if part not in (bool, NoneType) and get_origin(part) is not Literal]
+    return [*texts, "true", "false"] if bool in parts and not others else []
+
+
+def _arguments(target: Any) -> dict[str, Any] | None:
+    """Return what a callable takes, and hands to its base classes, with the annotations; None for anything."""
+    known: dict[str, Any] = {}
     classes = target.__mro__ if inspect.isclass(target) else ()
     for callable_ in [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)] or [target]:
         parameters = inspect.signature(callable_).parameters.values()
-        names |= {parameter.name for parameter in parameters}
+        known = {parameter.name: parameter.annotation for parameter in parameters} | known
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return names
+            return known
     return None

@@ -20,6 +20,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+"""Of a training whose weights are shared: no loss is scaled in it."""
+NOT_COMPILED = (
+    "model.compile must be false with trainer=lightning_fsdp, whose processes gather weights between the operations of "
+    "a network"
+)
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

@@ -121,6 +121,8 @@ def test_a_users_experiment_is_found_in_the_current_folder(tmp_path, monkeypatch
         (["trainer.max_epoch=3"], "no config key is named 'trainer.max_epoch'; close matches: trainer.max_epochs"),
         (["optimiser=lars"], "no config key is named 'optimiser'; close matches: optimizer"),
         (["optimiser=lars", "nonsense=1"], "no config key is named 'optimiser'; close matches: optimizer"),
+        (["trainer.sync_batchnorm=perhaps"], "trainer.sync_batchnorm must be true or false, got 'perhaps'"),
+        (["model.channels_last=perhaps"], "model.channels_last must be auto, true or false, got 'perhaps'"),
         (["+trainer.max_epoch=3"], "trainer.max_epoch is not an argument of pytorch_lightning.Trainer.*max_epochs"),
         (["core.seed=-1"], "core.seed is wrong: .* got -1"),
         (["+core.sed=1"], "core.sed is wrong"),

@@ -88,6 +88,24 @@ def test_a_mistake_is_one_line_and_leaves_no_run_running(store, image_folder, ca
     assert {path.name for path in set(Path.cwd().iterdir()) - before} <= {"outputs", "mlruns"}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer=lightning_fsdp", "model.compile=true"], "model.compile must be false with trainer=lightning_fsdp"),
+        (
+            ["trainer=lightning_fsdp", "trainer.precision=16-mixed"],
+            "trainer.precision must be one of 32-true, bf16-mixed, bf16-true, 16-true with trainer=lightning_fsdp",
+        ),
+        (["trainer.sync_batchnorm=perhaps"], "trainer.sync_batchnorm must be true or false, got 'perhaps'"),
+    ],
+)
+def test_a_mistake_in_the_trainers_settings_opens_no_run(store, image_folder, capsys, words, message):
+    assert train(image_folder({"a": 20, "b": 20}), "trainer.accelerator=cpu", *words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert all_runs(store) == []
+
+
 def all_runs(client):
     return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 

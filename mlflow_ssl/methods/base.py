@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
@@ -15,7 +15,7 @@ from mlflow_ssl.compiling import compile_mode, compile_networks
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.optimizers import parameter_groups, scale_rates
 from mlflow_ssl.processes import agree_on_buffers, averaged, rank_and_world_size
-from mlflow_ssl.sharding import is_sharded, shard
+from mlflow_ssl.sharding import NOT_COMPILED, is_sharded, shard
 
 
 class Method(LightningModule, ABC):
@@ -26,7 +26,7 @@ class Method(LightningModule, ABC):
         scheduler: makes the learning-rate schedule, see `mlflow_ssl.schedules.warmup_cosine_scheduler`; None keeps the
             optimizer's own rate.
         batch_size: images per batch and device.
-        channels_last: keep images and weights in the memory format that convolutions are fastest in.
+        channels_last: keep images and weights in the memory format that convolutions are fastest in; ``auto`` does.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Method(LightningModule, ABC):
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
         batch_size: int = 1,
-        channels_last: bool = False,
+        channels_last: bool | Literal["auto"] = False,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -197,10 +197,7 @@ class SSLMethod(Method):
         """
         super().on_fit_start()
         if self._compile_mode and is_sharded(self):
-            raise InputError(
-                "model.compile must be false with trainer=lightning_fsdp, whose processes gather weights between the "
-                "operations of a network"
-            )
+            raise InputError(NOT_COMPILED)
         if self._compile_mode:
             compile_networks(self.step_networks(), self._compile_mode)
 

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION as PRECISION_ALIASES
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies import ModelParallelStrategy
 
+from mlflow_ssl.config import build
 from mlflow_ssl.datamodules import ClassificationDataModule, LabelledDataModule, SSLDataModule
 from mlflow_ssl.datasets.embedded import DIGITS
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.export import check_types
 from mlflow_ssl.losses import balanced_weights
+from mlflow_ssl.sharding import NOT_COMPILED, PRECISIONS
 from mlflow_ssl.tracking.packaging import check_servable
 from mlflow_ssl.transforms import apply, to_tensor
 
@@ -63,6 +67,28 @@ def fit_to_labels(config: DictConfig, datamodule: LabelledDataModule) -> None:
     if config.callbacks.get("model_checkpoint") and not len(datamodule.images_of("val")):
         log.warning("no val_acc in this run, since there are no validation images: the last checkpoint is the best")
         config.callbacks.model_checkpoint = None
+
+
+def check_sharing(config: DictConfig) -> None:
+    """Check that processes which share weights are asked for nothing that they cannot do.
+
+    Args:
+        config: resolved, without any ``auto`` in its trainer.
+
+    Raises:
+        InputError: if ``trainer.precision`` or ``model.compile`` asks for that.
+    """
+    trainer = config.trainer
+    strategy = build(trainer.strategy) if OmegaConf.is_config(trainer.get("strategy")) else None
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    precision = PRECISION_ALIASES.get(str(trainer.precision), trainer.precision)
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision must be one of {', '.join(PRECISIONS)} with trainer=lightning_fsdp, got {precision}"
+        )
+    if config.model.get("compile"):
+        raise InputError(NOT_COMPILED)
 
 
 def class_weights(asked: Any, counts: Sequence[int]) -> list[float] | None:

@@ -24,6 +24,7 @@ from mlflow_ssl.methods import Method
 from mlflow_ssl.sharding import load_whole, made_whole, without_weights
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.startup import Ahead, collect_again
+from mlflow_ssl.tasks.checks import check_sharing
 from mlflow_ssl.tasks.deploy import deploy
 from mlflow_ssl.tasks.launcher import watch_processes, watched
 from mlflow_ssl.tasks.output import BAD_IMAGES, open_output, write_data
@@ -71,6 +72,7 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
     ):
         task: Task = build(config.task)
         settle(config)
+        check_sharing(config)
         datamodule: ClassificationDataModule = build(config.datamodule)
         images = Ahead(datamodule.prepare_data)
         images.glance(seconds=1.0)  # small data, and most mistakes in data, come to an end before any store is made
