@@ -36,6 +36,7 @@ class State:
         stepping: whether it is at what all processes do at the same pace: loading a batch, computing a step. Elsewhere
             one may be busy for long while the others wait, with a validation's figures, a picture or a checkpoint.
         waiting: whether it waits for the others.
+        idle: seconds for which it has done next to nothing, where it is known what it may wait for.
         limit: seconds that a step of its may take.
         place: where in the program it is.
         ended: whether it has left the training in good order, or has said why.
@@ -48,17 +49,13 @@ class State:
     moves: int = 0
     stepping: bool = False
     waiting: bool = False
+    idle: float = 0.0
     limit: float = 0.0
     place: str = ""
     ended: bool = False
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     born: float = field(default_factory=lambda: psutil.Process().create_time())
-
-    @property
-    def busy(self) -> bool:
-        """Whether it does something that may take long."""
-        return not self.stepping and not self.waiting
 
     @property
     def gone(self) -> bool:
@@ -155,12 +152,18 @@ def standing_still(states: Mapping[int, State], seconds: Mapping[int, float]) ->
         >>> standing_still({0: ahead, 1: behind}, {0: 46, 1: 47}), standing_still({0: ahead, 1: behind}, {0: 44, 1: 47})
         ([1], [])
     """
-    limit = max((state.limit for state in states.values()), default=0.0)
-    if not any(state.stepping for state in states.values()) or any(state.busy for state in states.values()):
+    # a step that is slow is so for all; for some alone, while they wait for one that is not at a step yet
+    limit = min((state.limit for state in states.values()), default=0.0)
+    if not states or min(seconds[process] for process in states) <= limit:
         return []
-    if min(seconds[process] for process in states) <= limit:
+    idle = {process for process, state in states.items() if state.idle > limit}
+    stepping = {process for process, state in states.items() if state.stepping}
+    waiting = {process for process, state in states.items() if state.waiting}
+    if set(states) - idle - stepping - waiting:  # these may be at something that takes long
         return []
-    suspects = [process for process in states if not states[process].waiting] or list(states)
+    if not stepping and not idle - waiting and idle != set(states):  # and so may one that only seems to wait
+        return []
+    suspects = [process for process in states if process not in waiting] or list(states)
     fewest = min(states[process].moves for process in suspects)
     return [process for process in suspects if states[process].moves == fewest]
 

@@ -11,17 +11,17 @@ import logging
 import os
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
+from mlflow_ssl.effort import Rest, effort_of_this_process
 from mlflow_ssl.errors import InputError, Interrupted, MachineError, ProcessError
+from mlflow_ssl.place import place_of
 from mlflow_ssl.siblings import (
     Failure,
     Slips,
@@ -48,10 +48,6 @@ SLOW_FACTOR = 5
 """A step may take so many times as long as the longest of the last, however short `core.hang_seconds` is."""
 RECENT = 100
 """How many of the last steps, and of the waits for batches between them, that is."""
-WAITING = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/graph.py", "/mlflow_ssl/processes.py")
-"""Parts of the name of the file that a process is in while it waits for others; in the backward pass it may wait."""
-COMPILING = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
-"""The like of those that it has come through while it compiles, which takes minutes."""
 
 End = Callable[[Failure], None]
 """Ends the run in MLflow."""
@@ -112,7 +108,7 @@ class Watch:
             return
         self.process, self.world_size = process, world_size
         self._slips = Slips(self._folder)
-        self._main = threading.main_thread().ident
+        self._main, self._main_number = threading.get_ident(), threading.get_native_id()
         self._leaving = threading.Lock()
         self._closed = threading.Event()
         self._ended = False
@@ -122,6 +118,7 @@ class Watch:
         self._noticed_at = 0.0
         self._moves, self._moved_at, self._stepping, self._timed = 0, time.monotonic(), False, False
         self._durations: deque[float] = deque([0.0], maxlen=RECENT)
+        self._rest, self._idle = Rest(), 0.0
         self._beats = 0
         self._seen: dict[int, _Seen] = {}
         self._beat_seconds = min(LONGEST_BEAT, self._seconds / 20)
@@ -226,6 +223,7 @@ class Watch:
                 self._forgive(now)
             last = now
             try:
+                self._idle = self._measure_idleness()
                 self._say()
                 failure = self._slips.failure() or self._find()
                 if failure is not None:
@@ -288,12 +286,14 @@ class Watch:
         now = time.monotonic()
         seen = {self.process: _Seen(self._state(), now, self._moved_at)}
         seen |= {process: each for process, each in list(self._seen.items()) if not each.state.ended}
+        if len(self._seen) + 1 < self.world_size or len(seen) < 2:  # some have not begun, or nobody waits
+            return None
         states = {process: each.state for process, each in seen.items()}
         seconds = {process: now - each.moved_at for process, each in seen.items()}
         still = standing_still(states, seconds)
         if not still:
             return None
-        least = min(seconds[process] for process in still)
+        least = min(seconds[process] if states[process].stepping else states[process].idle for process in still)
         words = still_words(still, states, seconds=least, world_size=self.world_size)
         return self._slips.fail(Failure(still[0], words))
 
@@ -302,6 +302,7 @@ class Watch:
 
     def _forgive(self, now: float) -> None:
         self._moved_at = now
+        self._rest.end()
         for seen in list(self._seen.values()):
             seen.heard_at = seen.moved_at = now
 
@@ -340,16 +341,29 @@ class Watch:
         self._beats += 1
         self._slips.write(self.process, self._state())
 
+    def _measure_idleness(self) -> float:
+        """Return for how long this process has done nothing, outside the steps and where nothing takes its time.
+
+        While a training is prepared, a process may wait for much that is not known here.
+        """
+        place = place_of(self._main)
+        prepared, leaving = self._moves > 0, self._left_at is not None
+        if not prepared or leaving or self._stepping or place.compiling or place.asking:
+            self._rest.end()
+            return 0.0
+        started = [child.pid for child in self.children.values()]
+        return self._rest.seconds(effort_of_this_process(self._main_number, but=started))
+
     def _state(self) -> State:
-        files, here, place = _whereabouts(sys._current_frames().get(self._main or 0))
-        compiling = any(part in file for file in files for part in COMPILING)
+        place = place_of(self._main)
         return State(
             beat=self._beats,
             moves=self._moves,
-            stepping=self._stepping and not compiling,
-            waiting=not compiling and any(part in here for part in WAITING),
+            stepping=self._stepping and not place.compiling,
+            waiting=place.waiting,
+            idle=self._idle,
             limit=max(self._seconds, SLOW_FACTOR * max(list(self._durations))),
-            place=place,
+            place=place.words,
             ended=self._ended,
         )
 
@@ -359,21 +373,6 @@ class _Seen:
 
     def __init__(self, state: State, heard_at: float, moved_at: float) -> None:
         self.state, self.heard_at, self.moved_at = state, heard_at, moved_at
-
-
-def _whereabouts(frame: FrameType | None) -> tuple[list[str], str, str]:
-    """Return the files that a thread is in, the innermost that is not Python's own, and the place there in words."""
-    files, here, place = [], "", ""
-    standard = sysconfig.get_paths()["stdlib"]
-    while frame is not None:
-        code = frame.f_code
-        own = code.co_filename.startswith((standard, "<")) and "site-packages" not in code.co_filename
-        if not place and not own:
-            here = code.co_filename
-            place = f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
-        files.append(code.co_filename)
-        frame = frame.f_back
-    return files, here, place
 
 
 watch = Watch()

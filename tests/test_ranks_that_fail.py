@@ -143,6 +143,20 @@ def test_where_one_of_torchruns_processes_fails_the_run_says_which_and_why(torch
     assert_ended(store, code, printed, status="FAILED", reason=REASONS[way])
 
 
+def test_a_process_that_hangs_in_the_first_batch_is_named(torchrun, store):
+    code, printed = torchrun.breaks("hangs", process=1, step=0, words=["core.hang_seconds=4"])
+    assert_ended(store, code, printed, status="FAILED", reason="process 1 of 2 has stood still for")
+    assert "at hang (breaker.py:" in printed
+
+
+def test_the_first_process_may_work_between_the_epochs_while_the_others_wait_and_not_hang(torchrun, store):
+    dawdler = ["+callbacks.dawdler._target_=breaker.Dawdler", "+callbacks.dawdler.seconds=5"]
+    words = ["core.hang_seconds=4", "trainer.max_epochs=3", *dawdler]
+    code, printed = torchrun.breaks("goes on", process=1, words=words)
+    assert_ended(store, code, printed, status="FAILED", reason="process 0 of 2 has stood still for")
+    assert "at hang (breaker.py:" in printed
+
+
 def test_where_the_first_process_raises_its_error_is_the_runs(torchrun, store):
     code, printed = torchrun.breaks("raises", process=0)
     assert_ended(store, code, printed, status="FAILED", reason="ValueError: cannot see the forest", lines=0)

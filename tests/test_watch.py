@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,7 +19,9 @@ from mlflow_ssl.watch import Watch
 AT_WORK = State(moves=4, stepping=True, limit=45)
 IN_A_COLLECTIVE = State(moves=4, stepping=True, limit=45, waiting=True)
 BUSY = State(moves=4, limit=45)
+HUNG = State(moves=4, limit=45, idle=46)
 PATIENT = State(moves=4, limit=45, waiting=True)
+FOR_NOTHING = State(moves=4, limit=45, waiting=True, idle=46)
 STILL = {0: 46.0, 1: 46.0}
 
 
@@ -34,7 +36,15 @@ STILL = {0: 46.0, 1: 46.0}
         ([BUSY, IN_A_COLLECTIVE], []),
         ([BUSY, AT_WORK], []),
         ([PATIENT, PATIENT], []),
-        ([IN_A_COLLECTIVE, State(moves=4, stepping=True, limit=100)], []),
+        ([State(moves=4, stepping=True, limit=100, waiting=True), State(moves=4, stepping=True, limit=90)], []),
+        ([State(moves=4, stepping=True, limit=100, waiting=True), AT_WORK], [1]),  # which had a picture to draw before
+        ([HUNG, IN_A_COLLECTIVE], [0]),  # with a picture, while the other has gone on to a batch
+        ([PATIENT, HUNG], [1]),  # in the first batch
+        ([FOR_NOTHING, FOR_NOTHING], [0, 1]),  # each for another
+        ([FOR_NOTHING, PATIENT], []),  # the other computes backwards
+        ([FOR_NOTHING, BUSY], []),
+        ([HUNG, BUSY], []),
+        ([State(moves=4, limit=45, idle=44), PATIENT], []),
     ],
 )
 def test_the_process_that_all_wait_for_stands_still(states, expected):
@@ -187,6 +197,7 @@ def test_a_step_may_take_five_times_as_long_as_the_longest_before(pair, tmp_path
 def test_processes_go_at_one_pace_once_the_first_step_is_done_and_not_where_a_checkpoint_is_written(monkeypatch):
     moves, pulse = [], Pulse()
     monkeypatch.setattr("mlflow_ssl.callbacks.pulse.watch.move", lambda *, stepping, timed=True: moves.append(stepping))
+    pulse.setup(None, None, "fit")
     pulse.on_train_batch_start()
     pulse.on_train_batch_end()
     pulse.on_train_batch_start()
@@ -196,27 +207,29 @@ def test_processes_go_at_one_pace_once_the_first_step_is_done_and_not_where_a_ch
     pulse.on_validation_batch_start()
     pulse.on_validation_batch_end()
     pulse.on_validation_end(None, None)
-    assert moves == [False, True, True, False, True, False, True, True, False]
+    assert moves == [False, False, True, True, False, True, False, True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("files", "waiting"),
-    [
-        (["/x/torch/distributed/distributed_c10d.py", "/x/mlflow_ssl/callbacks/knn.py"], True),
-        (["/x/torch/autograd/graph.py", "/x/mlflow_ssl/methods/byol.py"], True),
-        (["/x/mlflow_ssl/methods/byol.py", "/x/torch/nn/parallel/distributed.py"], False),
-        (["/x/mine.py", "/x/torch/distributed/elastic/multiprocessing/api.py"], False),
-        (["/x/torch/autograd/graph.py", "/x/torch/_inductor/compile_fx.py"], False),
-    ],
-)
-def test_a_process_waits_where_it_is_in_a_collective_itself(pair, tmp_path, monkeypatch, files, waiting):
+def idle_after(watch, seconds):
+    """Return how long a process has been idle when its thread has slept."""
+    time.sleep(seconds)
+    return watch._state().idle
+
+
+def test_a_process_that_sleeps_between_the_steps_is_idle_and_one_that_computes_or_asks_is_not(pair, tmp_path):
     watch, _ = pair
-    frame = None
-    for file in reversed(files):  # the innermost comes last
-        code = SimpleNamespace(co_filename=file, co_name="call")
-        frame = SimpleNamespace(f_code=code, f_lineno=1, f_back=frame)
-    with watch.over(tmp_path / "processes", seconds=45):
+    with watch.over(tmp_path / "processes", seconds=1), socket.create_server(("127.0.0.1", 0)) as server:
         watch.begin(0, 2)
-        monkeypatch.setattr("mlflow_ssl.watch.sys._current_frames", lambda: {watch._main: frame})
-        assert watch._state().waiting is waiting
-        monkeypatch.undo()
+        assert idle_after(watch, 0.5) == 0  # the training is being prepared
+        watch.move(stepping=False)
+        assert 0.2 < idle_after(watch, 0.5) < 0.6
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            pass
+        assert watch._state().idle < 0.2
+        with socket.create_connection(server.getsockname(), timeout=0.5) as asking, asking.makefile("rb") as answer:
+            with pytest.raises(TimeoutError):
+                answer.read()
+            assert watch._state().idle < 0.2
+        watch.move(stepping=True)
+        assert idle_after(watch, 0.5) == 0

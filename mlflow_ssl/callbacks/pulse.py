@@ -11,13 +11,18 @@ class Pulse(Callback):
     """Say at each batch that the training goes on, and where the processes go at different paces.
 
     They go at the same pace from batch to batch, once the first is done: to compile and to fill buffers may take long.
-    In what comes between epochs, and while a checkpoint is written, one may work and the others wait.
+    In what comes between epochs, and while a checkpoint is written, one may work and the others wait: there only a
+    process that does nothing stands still.
 
     Must stand before the callbacks that take time.
     """
 
     def __init__(self) -> None:
         self._warm = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin, when all processes have met."""
+        watch.move(stepping=False, timed=False)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Begin a step."""
