@@ -74,20 +74,21 @@ def join(*, gpu: bool, timeout_seconds: float = 1800) -> None:
 def launched() -> tuple[int, int]:
     """Return the number of this process, and how many there are, as far as is known when it begins.
 
-    A process that Lightning has yet to make the first of several is alone so far, and so is one of Ray's, which sees to
-    its processes itself.
+    A process that Lightning has yet to make the first of several is alone so far.
     """
+    if distributed.is_initialized():
+        return rank_and_world_size()
     cluster = _cluster()
     if cluster is not None:
         return cluster.global_rank(), cluster.world_size()
-    if is_first_process() or distributed.is_initialized() or os.environ.get("NODE_RANK", "0") != "0":
+    if is_first_process() or os.environ.get("NODE_RANK", "0") != "0":
         return 0, 1
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def fit_to_processes(trainer: DictConfig) -> None:
-    """Have Lightning take the processes that torchrun has started, in place of the config's ``devices``."""
-    if not TorchElasticEnvironment.detect():
+    """Have Lightning take the processes that torchrun or Ray has started, in place of the config's ``devices``."""
+    if "LOCAL_WORLD_SIZE" not in os.environ or not (TorchElasticEnvironment.detect() or distributed.is_initialized()):
         return
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     trainer.devices, trainer.num_nodes = local, world // local

@@ -40,6 +40,18 @@ def test_alone_the_config_decides_about_devices():
     assert trainer == {"devices": 4, "num_nodes": 2, "strategy": "auto"}
 
 
+@pytest.mark.parametrize("strategy", ["auto", {"_target_": "mlflow_ssl.sharding.ShardedStrategy"}])
+def test_a_group_that_a_launcher_has_made_decides_about_devices_and_the_config_about_its_strategy(
+    monkeypatch, strategy
+):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    trainer = OmegaConf.create({"devices": 1, "num_nodes": 1, "strategy": strategy})
+    fit_to_processes(trainer)
+    assert trainer == {"devices": 2, "num_nodes": 2, "strategy": "ddp" if strategy == "auto" else strategy}
+
+
 def torchrun(*words):
     """Train in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mlflow_ssl", *SMALL, *words]

@@ -12,15 +12,10 @@ from typing import Any
 
 from mlflow_ssl.launch.ray_jobs import RaySettings, read_workers
 
-STRATEGY = (
-    "trainer.devices=1",  # of each process
-    "trainer.num_nodes=1",
-    "++trainer.strategy={_target_: ray.train.lightning.RayDDPStrategy}",
-    "++trainer.plugins=[{_target_: ray.train.lightning.RayLightningEnvironment}]",
-)
-"""What makes Lightning take processes and their group from Ray."""
+ENVIRONMENT = "++trainer.plugins=[{_target_: ray.train.lightning.RayLightningEnvironment}]"
+"""What makes Lightning take the numbers of its processes from Ray."""
 HANG_SECONDS = 1800
-"""How long a worker waits for the others before the training counts as lost."""
+"""How long a worker waits for the others where `mlflow_ssl.watch` does not find that one of them hangs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +66,7 @@ def _work(loop: dict[str, Any]) -> None:
     if loop["folder"]:
         os.chdir(loop["folder"])
     logging.getLogger().handlers.clear()  # Ray's would say everything a second time
-    spread = STRATEGY if context.get_world_size() > 1 else ()
+    spread = [ENVIRONMENT] if context.get_world_size() > 1 else []
     code = command([*loop["words"], *spread])
     ray.train.report({"exit_code": code})
 

@@ -44,12 +44,9 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 def watch_processes(trainer: Trainer) -> None:
-    """Have the processes of a trainer watched; Ray watches its own, and replaces those that it loses."""
+    """Have the processes that a trainer starts watched; those of other launchers are from the beginning."""
     launcher = trainer.strategy.launcher
     if type(launcher) is not _SubprocessScriptLauncher:
         return
-    environment = launcher.cluster_environment
-    if type(environment).__name__ == "RayLightningEnvironment":
-        return
-    trainer.strategy._launcher = Launcher(environment, launcher.num_processes, launcher.num_nodes)
+    trainer.strategy._launcher = Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
     watch.begin(trainer.global_rank, trainer.world_size)

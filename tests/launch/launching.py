@@ -12,24 +12,27 @@ from training import SMALL
 ROOT = Path(__file__).parents[2]
 
 
-def small_words(data, folder, *, epochs):
-    """Return the words of a training of seconds that writes to ``folder/out``."""
-    return [
-        *(word for word in SMALL if not word.startswith("trainer.max_epochs=")),
+def small_words(data, folder, *, epochs, words=()):
+    """Return the words of a training of seconds that writes to ``folder/out``; each key may be given once."""
+    given = [
+        *SMALL,
         f"data_path={data}",
         f"core.output_dir={folder / 'out'}",
         f"trainer.max_epochs={epochs}",
         f"trainer.check_val_every_n_epoch={epochs}",
         "callbacks.last_checkpoint.every_seconds=1",
         "callbacks.pictures=null",
+        *words,
     ]
+    return [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in given).items()]
 
 
 @contextlib.contextmanager
-def launched(backend, config, data, folder, *, epochs):
+def launched(backend, config, data, folder, *, epochs, words=()):
     """Start a training that logs to ``folder/log`` and writes to ``folder/out``, and end it with the context."""
     (folder / "config.json").write_text(json.dumps(config))
-    words = small_words(data, folder, epochs=epochs)
+    words = small_words(data, folder, epochs=epochs, words=words)
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     command = [
         sys.executable,
         "-m",
@@ -44,7 +47,7 @@ def launched(backend, config, data, folder, *, epochs):
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, *(part for word in words for part in ("-P", word))],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
