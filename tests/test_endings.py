@@ -237,7 +237,7 @@ def test_pretrained_weights_without_a_network_are_one_line_and_open_no_run(store
     monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
     assert train(image_folder({"a": 20, "b": 20}), "backbone.pretrained=true") == 2
     printed = capsys.readouterr().err
-    assert "the weights of resnet10t could not be fetched from the hub" in printed
+    assert "the weights of test_resnet could not be fetched from the hub" in printed
     assert not store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
 
 

@@ -71,7 +71,7 @@ def backbone_of(trained):
 
 def test_the_run_is_finished_and_named(trained):
     assert trained.run.info.status == "FINISHED"
-    assert trained.run.info.run_name.startswith("run-resnet10t-")
+    assert trained.run.info.run_name.startswith("run-test_resnet-")
     assert trained.client.get_experiment(trained.run.info.experiment_id).name == "byol"
 
 
@@ -179,7 +179,7 @@ def test_the_readmes_code_loads_the_network():
     (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(code, names)
-    assert names["embeddings"].shape == (4, 512)
+    assert names["embeddings"].shape == (4, 96)
 
 
 def test_the_version_says_how_good_it_is_and_on_which_data(trained):
@@ -206,7 +206,7 @@ def test_the_model_card_says_what_a_caller_needs(trained):
     assert card["input_size"] == [16, 16]
     assert (card["channel_order"], card["input_range"]) == ("RGB", [0.0, 1.0])
     assert (card["mean"], card["std"]) == ([0.5] * 3, [0.5] * 3)
-    assert (card["embedding_size"], card["classes"]) == (512, ["dark", "light", "middle"])
+    assert (card["embedding_size"], card["classes"]) == (96, ["dark", "light", "middle"])
 
 
 def test_the_exported_state_dict_goes_back_into_timm(trained):
@@ -214,8 +214,8 @@ def test_the_exported_state_dict_goes_back_into_timm(trained):
     from safetensors.torch import load_file
 
     card = json.loads((trained.output / "deployment_model" / "model.json").read_text())
-    assert card["state_dict_fits"].startswith('timm.create_model("resnet10t"')
-    network = timm.create_model("resnet10t", num_classes=0)
+    assert card["state_dict_fits"].startswith('timm.create_model("test_resnet"')
+    network = timm.create_model("test_resnet", num_classes=0)
     network.load_state_dict(torch.load(trained.output / "deployment_model" / "model.pth", weights_only=True))
     network.load_state_dict(load_file(trained.output / "deployment_model" / "model.safetensors"))
 
