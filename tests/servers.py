@@ -100,6 +100,7 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            wait_until(lambda: self.down, "its workers are gone too")
 
 
 @contextlib.contextmanager
