@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 COUNTS = {"dark": 24, "light": 20, "middle": 22}
 LARGER = ("transforms.input_height=32", "transforms.input_width=32")
-"""At 16 px the last stage convolves a single pixel, of which torch's gradient in bfloat16 is unwritten memory on a CPU."""
+"""At 16 px the last stage convolves single pixels: for their bfloat16 gradient torch reads unwritten memory on CPUs."""
 
 
 class Trained:
