@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Have this process keep the memory it frees, for the next tensors; return whether that could be had.
 
     glibc gives the memory of large tensors back to the system as soon as they go, and takes it anew at the next step,
-    page by page, each filled with zeros: at 224 px a tenth of a step's time. Before a process is forked, as loader
-    workers are, what is free is given back after all: the child would hold it for as long as it lives.
+    page by page, each filled with zeros. Before a process is forked, as loader workers are, what is free is given back
+    after all: the child would hold it for as long as it lives.
 
     References:
         mallopt(3), malloc_trim(3).

@@ -1,6 +1,7 @@
 """Image files as people have them: one of each mode and one of each kind of damage, made on the spot."""
 
 import io
+import random
 import struct
 import zlib
 
@@ -14,6 +15,15 @@ def saved(image, kind, **options):
     buffer = io.BytesIO()
     image.copy().save(buffer, kind, **options)  # Pillow notes the format's options in the image
     return buffer.getvalue()
+
+
+def damaged(data, seed):
+    """Return the bytes of a file with a bit turned, or cut off."""
+    rng = random.Random(seed)
+    if seed % 2:
+        return data[: rng.randrange(len(data))]
+    position = rng.randrange(len(data))
+    return data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :]
 
 
 def gradient(height=48, width=64):

@@ -137,3 +137,12 @@ def test_threads_are_left_alone_beside_a_gpu_and_where_nothing_is_auto(machine, 
     settle(config(devices=[0]))
     settle(config("cpu", 1, "32-true"))
     assert threads == []
+
+
+@pytest.mark.parametrize(("gpus", "kept"), [(0, [True]), (1, [])])
+def test_a_cpu_keeps_the_memory_that_it_frees(machine, monkeypatch, gpus, kept):
+    machine(gpus=gpus)
+    called = []
+    monkeypatch.setattr(machine_module, "keep_freed_memory", lambda: called.append(True))
+    settle(config(devices=[0]))
+    assert called == kept

@@ -18,16 +18,16 @@ class Normalize:
     """
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = tuple(mean), tuple(std)
+        spread = torch.tensor(std)
+        self.scale = tuple((1 / (255 * spread)).tolist())
+        self.shift = tuple((-torch.tensor(mean) / spread).tolist())
 
     def __call__(self, images: Tensor, *_: object, **__: object) -> Tensor:
         """Return ``(images / 255 - mean) / std``, float32 of shape ``(B, 3, H, W)``, channels last in memory."""
         if images.dtype != torch.uint8:
             return images
         width = images.shape[3]
-        spread = torch.tensor(self.std)
-        scale = _row(tuple((1 / (255 * spread)).tolist()), width, images.device)
-        shift = _row(tuple((-torch.tensor(self.mean) / spread).tolist()), width, images.device)
+        scale, shift = (_row(values, width, images.device) for values in (self.scale, self.shift))
         rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, 3 W): a loop over three channels would be slow
         normalized = rows.float().mul_(scale).add_(shift)
         return normalized.view(*rows.shape[:2], width, 3).permute(0, 3, 1, 2)

@@ -1,6 +1,5 @@
 import logging
 import os
-import random
 import shutil
 import threading
 import time
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from damage import damaged
 from PIL import Image
 
 from mlflow_ssl.datasets import contents
@@ -296,14 +296,6 @@ def test_an_interrupted_run_leaves_what_it_has_read(image_folder, monkeypatch, d
 def stored(cache):
     [file] = cache.rglob("*.parquet")
     return pq.read_table(file)
-
-
-def damaged(data, seed):
-    rng = random.Random(seed)
-    if seed % 2:
-        return data[: rng.randrange(len(data))]
-    position = rng.randrange(len(data))
-    return data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :]
 
 
 @pytest.mark.usefixtures("patient")

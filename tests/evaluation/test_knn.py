@@ -249,6 +249,13 @@ def test_the_memory_of_a_search_does_not_grow_with_the_bank():
     assert float(done.stdout) < 100  # MiB
 
 
+@pytest.mark.parametrize(("count", "loaded"), [(100, "False"), (3000, "True")])
+def test_faiss_is_loaded_for_large_banks_alone(count, loaded):
+    code = f"import sys, torch; from mlflow_ssl.evaluation.knn import nearest; e = torch.randn({count}, 64); "
+    words = [sys.executable, "-c", code + "nearest(e, e, 3); print('faiss' in sys.modules)"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.split() == [loaded]
+
+
 def test_a_sweep_is_one_vote_after_the_other():
     generator = torch.Generator().manual_seed(0)
     queries, bank = (torch.randn(count, 4, generator=generator) for count in (30, 60))

@@ -2,7 +2,6 @@ import errno
 import fcntl
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from damage import damaged
 from shards import png, write_shards, write_tar
 
 from mlflow_ssl.datasets.sources import shard_memory, shards
@@ -132,14 +132,6 @@ def test_a_shard_that_breaks_off_is_not_held_against_it(folder, opened):
     assert scan(folder).bad == scan(folder).bad != []
     assert opened.count("shard-000.tar") == 2
     assert len(opened) == 4
-
-
-def damaged(data, seed):
-    rng = random.Random(seed)
-    if seed % 2:
-        return data[: rng.randrange(len(data))]
-    position = rng.randrange(len(data))
-    return data[:position] + bytes([data[position] ^ 1 << rng.randrange(8)]) + data[position + 1 :]
 
 
 def test_damage_never_changes_the_answer_and_is_mended(folder, cache, opened, caplog):
