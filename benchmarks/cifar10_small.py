@@ -17,7 +17,7 @@ from typing import Any
 
 from build_cifar10 import build
 
-EPOCHS = 5
+EPOCHS = 20
 WAYS = {
     "float32, transforms=cifar10": ["transforms=cifar10", "trainer.precision=32-true"],
     "bf16, transforms=cifar10": ["transforms=cifar10", "trainer.precision=bf16-mixed"],

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import logging
 import textwrap
 from pathlib import Path
@@ -64,6 +65,30 @@ def build_backbone(
     if checkpoint_path is not None:
         _load_weights(backbone, checkpoint_path)
     return backbone
+
+
+def stride_past_the_edge(backbone: nn.Module, image_size: tuple[int, int]) -> str | None:
+    """Return the name of a convolution whose stride is wider than its input is for images of a size; None without one.
+
+    Only shapes are worked out: on torch's meta device, with the weights left alone.
+    """
+    wide: list[str] = []
+
+    def look(name: str, convolution: nn.Conv2d, inputs: tuple[torch.Tensor]) -> None:
+        if max(convolution.kernel_size) > 1 and inputs[0].shape[-1] < convolution.stride[-1]:
+            wide.append(name)
+
+    convolutions = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_pre_hook(functools.partial(look, name)) for name, module in convolutions]
+    state = [*backbone.named_parameters(), *backbone.named_buffers()]
+    try:
+        with torch.no_grad():
+            weights = {name: tensor.to("meta") for name, tensor in state}
+            torch.func.functional_call(backbone, weights, torch.empty(2, 3, *image_size, device="meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return wide[0] if wide else None
 
 
 def with_classes(made_by: str, num_classes: int) -> str:

@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mlflow_ssl.backbones import build_backbone
+from mlflow_ssl.backbones import build_backbone, stride_past_the_edge
 from mlflow_ssl.errors import InputError
 
 SMALL = {"image_size": (32, 32)}
@@ -17,7 +17,10 @@ def images(size=32, seed=0):
 
 
 def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
+    return same_state(a.state_dict(), b.state_dict())
+
+
+def same_state(a, b):
     return a.keys() == b.keys() and all(value.equal(b[name]) for name, value in a.items())
 
 
@@ -44,6 +47,24 @@ def test_a_transformer_gets_the_image_size():
     backbone = build_backbone("vit_tiny_patch16_224", image_size=(32, 48))
     assert backbone.patch_embed.grid_size == (2, 3)
     assert backbone.pos_embed.shape == (1, 2 * 3 + 1, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "found"),
+    [
+        ("resnet18", (16, 16), "layer4.0.conv1"),
+        ("resnet18", (64, 16), "layer4.0.conv1"),  # however high
+        ("resnet18", (16, 64), None),
+        ("resnet18", (32, 32), None),
+        ("vit_tiny_patch16_224", (16, 16), None),  # as wide as its stride is enough
+    ],
+)
+def test_a_stride_that_is_wider_than_its_input_is_found(name, size, found):
+    backbone = build_backbone(name, image_size=size, small_stem=False)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    assert stride_past_the_edge(backbone, size) == found
+    assert not any(module._forward_pre_hooks for module in backbone.modules())
+    assert same_state(before, backbone.state_dict())
 
 
 def has_small_stem(backbone):

@@ -97,6 +97,10 @@ def test_a_mistake_is_one_line_and_leaves_no_run_running(store, image_folder, ca
             "trainer.precision must be one of 32-true, bf16-mixed, bf16-true, 16-true with trainer=lightning_fsdp",
         ),
         (["trainer.sync_batchnorm=perhaps"], "trainer.sync_batchnorm must be true or false, got 'perhaps'"),
+        (
+            ["trainer.precision=bf16-mixed"],
+            "trainer.precision must be 32-true on a CPU for images of 16x16 px, got bf16-mixed: layer4.0.conv1 has",
+        ),
     ],
 )
 def test_a_mistake_in_the_trainers_settings_opens_no_run(store, image_folder, capsys, words, message):

@@ -10,12 +10,14 @@ from lightning_fabric.plugins.precision.precision import _PRECISION_INPUT_STR_AL
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import ModelParallelStrategy
 
+from mlflow_ssl.backbones import stride_past_the_edge
 from mlflow_ssl.config import build
 from mlflow_ssl.datamodules import ClassificationDataModule, LabelledDataModule, SSLDataModule
 from mlflow_ssl.datasets.embedded import DIGITS
 from mlflow_ssl.errors import InputError
 from mlflow_ssl.export import check_types
 from mlflow_ssl.losses import balanced_weights
+from mlflow_ssl.methods import Method
 from mlflow_ssl.sharding import NOT_COMPILED, PRECISIONS
 from mlflow_ssl.tracking.packaging import check_servable
 from mlflow_ssl.transforms import apply, to_tensor
@@ -89,6 +91,28 @@ def check_sharing(config: DictConfig) -> None:
         )
     if config.model.get("compile"):
         raise InputError(NOT_COMPILED)
+
+
+def check_precision(config: DictConfig, method: Method) -> None:
+    """Check that the network's gradients are right in the precision it is to be trained in.
+
+    On a CPU torch 2.15 reads memory that nobody wrote for the gradient, in bfloat16, of a convolution whose stride is
+    wider than its input: as a resnet's last stage has for images of 16 px.
+
+    Raises:
+        InputError: if they are not.
+    """
+    trainer = config.trainer
+    precision = PRECISION_ALIASES.get(str(trainer.precision), trainer.precision)
+    if trainer.accelerator != "cpu" or not str(precision).startswith("bf16"):
+        return
+    height, width = config.transforms.input_height, config.transforms.input_width
+    name = stride_past_the_edge(method.embedder, (height, width))
+    if name is not None:
+        raise InputError(
+            f"trainer.precision must be 32-true on a CPU for images of {height}x{width} px, got {precision}: {name} "
+            "has a stride wider than what is left of them there, and its gradient would be wrong in bfloat16"
+        )
 
 
 def class_weights(asked: Any, counts: Sequence[int]) -> list[float] | None:

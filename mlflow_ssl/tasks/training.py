@@ -24,7 +24,7 @@ from mlflow_ssl.methods import Method
 from mlflow_ssl.sharding import load_whole, made_whole, without_weights
 from mlflow_ssl.signals import stop_signals
 from mlflow_ssl.startup import Ahead, collect_again
-from mlflow_ssl.tasks.checks import check_sharing
+from mlflow_ssl.tasks.checks import check_precision, check_sharing
 from mlflow_ssl.tasks.deploy import deploy
 from mlflow_ssl.tasks.launcher import watch_processes, watched
 from mlflow_ssl.tasks.output import BAD_IMAGES, open_output, write_data
@@ -83,6 +83,7 @@ def train(unresolved: DictConfig, overrides: Sequence[str] = (), *, tags: Mappin
         digest = datamodule.index.digest
         start.check_data(digest, changed_allowed=unresolved.resume_changed_data)
         method = method or _build_method(config)
+        check_precision(config, method)
         blank = without_weights(method)  # for those that are shared among processes
         if start.run_id is None:  # before there is a run, so that any run can be resumed
             write_composed(unresolved, overrides, output)
