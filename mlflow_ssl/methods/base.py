@@ -201,6 +201,33 @@ class SSLMethod(Method):
         if self._compile_mode:
             compile_networks(self.step_networks(), self._compile_mode)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin an optimizer step without gradients, those of a step that was skipped among them."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Keep what `gather_gradients` has gathered: Lightning asks for this after ``training_step``."""
+
+    def gather_gradients(self, loss: Tensor) -> Tensor:
+        """Add a part of a batch's loss to the gradients at once, so that its activations need not wait for the rest's.
+
+        Where processes share the weights this would have them agree twice a step: there the part waits.
+
+        Args:
+            loss: scalar; the batch's loss is the sum of its parts.
+
+        Returns:
+            The same, with or without its graph: for ``training_step`` to add to the parts that it returns.
+        """
+        if self._trainer is None or is_sharded(self):
+            return loss
+        with torch.autocast(loss.device.type, enabled=False):
+            # DDP sums gradients in the backward pass after its forward one, and leaves alone those of one within
+            self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
+        return loss.detach()
+
     def networks(self) -> list[nn.Module]:
         """Return backbone and projector: an evaluation calls each alone."""
         return list(self.online.children())

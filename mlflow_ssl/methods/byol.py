@@ -59,7 +59,8 @@ class BYOL(SSLMethod):
         """Return the loss of a batch ``((view_1, view_2), labels)``: both directions summed, mean over images."""
         views, _ = batch
         view_1, view_2 = map(self.lay_out, views)
-        loss = (self._bootstrap(view_1, view_2) + self._bootstrap(view_2, view_1)).mean()
+        one = self.gather_gradients(self._bootstrap(view_1, view_2).mean())
+        loss = one + self._bootstrap(view_2, view_1).mean()
         # not for Lightning's progress bar, which would read it back at each step; ours does so when it draws
         self.log_loss(loss)
         return loss

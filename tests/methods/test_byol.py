@@ -1,4 +1,5 @@
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -188,6 +189,30 @@ def test_a_step_that_the_scaler_skips_leaves_online_and_target_alone(taus):
     assert scaler.get_scale() == 2.0**58
     assert taus == []
     assert all(p.equal(before[name]) for name, p in method.named_parameters())
+
+
+def test_a_step_after_one_that_the_scaler_skips_has_no_gradient_of_it(taus):
+    method = tiny_method(base_tau=0.5)
+    before = method.online.backbone.conv.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-60)
+    fit(method, pairs(2), max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert len(taus) == 1
+    after = method.online.backbone.conv.weight
+    assert after.isfinite().all()
+    assert not after.equal(before)
+
+
+def test_the_first_direction_is_gone_when_the_second_begins():
+    method = tiny_method()
+    predicted, alive = [], []
+
+    def look(module, args, prediction):
+        alive.append(sum(each() is not None for each in predicted))
+        predicted.append(weakref.ref(prediction))  # the loss's graph holds it
+
+    method.predictor.register_forward_hook(look)
+    fit(method, pairs(2), max_epochs=1)
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_step_that_the_scaler_makes_updates_the_target_once(taus):
