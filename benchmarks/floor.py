@@ -211,6 +211,10 @@ def memory(case: Case, kind: str, folder: Path, steps: int, words: Sequence[str]
     """Return the peak memory of a training or of bare steps, MiB, in this process, which does nothing else."""
     import torch
 
+    from mlflow_ssl import machine
+
+    if kind == "bare":  # with the C library's own way, which needs least
+        machine.keep_freed_memory = lambda: False  # type: ignore[attr-defined]
     config = config_of(case, folder, steps, words)
     import mlflow_ssl.tasks.training  # noqa: F401 what it imports is no memory of the training
     from mlflow_ssl.tracking.lifecycle import prepare_store
