@@ -29,9 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -211,11 +212,10 @@ def memory(case: Case, kind: str, folder: Path, steps: int, words: Sequence[str]
     """Return the peak memory of a training or of bare steps, MiB, in this process, which does nothing else."""
     import torch
 
-    from mlflow_ssl import machine
-
-    if kind == "bare":  # with the C library's own way, which needs least
-        machine.keep_freed_memory = lambda: False  # type: ignore[attr-defined]
-    config = config_of(case, folder, steps, words)
+    # bare with the C library's own way, which needs least
+    own_way = mock.patch("mlflow_ssl.machine.keep_freed_memory") if kind == "bare" else nullcontext()
+    with own_way:
+        config = config_of(case, folder, steps, words)
     import mlflow_ssl.tasks.training  # noqa: F401 what it imports is no memory of the training
     from mlflow_ssl.tracking.lifecycle import prepare_store
 
